@@ -1,0 +1,1 @@
+"""The reference kernel: plain torch, takes every layer, runs anywhere."""

@@ -1,0 +1,85 @@
+"""What a kernel is: a way to pack a masked weight and to run a layer from the packed form."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsedm_compile.pattern import Pattern
+
+Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The constants of one layer: what a kernel must know to take it, pack it and run it.
+
+    Attributes:
+        weight_shape: ``(out, in)`` for linear, ``(C_out, C_in / groups, kh, kw)`` for conv2d.
+        dtype: of weight and activation.
+        device: type of the device, ``"cpu"`` or ``"cuda"``.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, ints only; unused by linear.
+    """
+
+    op: Literal["linear", "conv2d"]
+    weight_shape: tuple[int, ...]
+    pattern: Pattern
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the product, in this order: ``activation(x @ w.T + bias) + residual``.
+
+    Attributes:
+        bias: ``(out,)`` or None.
+        residual: the shape of the output, or None.
+    """
+
+    bias: Tensor | None = None
+    activation: Activation = "none"
+    residual: Tensor | None = None
+
+
+class Kernel(ABC):
+    """One way to run N:M layers. Stateless; the packed weight is two tensors that callers keep.
+
+    A packed weight is ``(values, index)``: any two tensors that the kernel's own ``linear`` / ``conv2d`` / ``unpack``
+    understand, of shapes and dtypes that depend on the spec alone (never on the weight's values), so that layers of
+    equal spec can share one compiled graph.
+    """
+
+    name: str
+    #: changes whenever timings or packed layouts may change; remembered choices are keyed by it
+    version: str
+
+    @abstractmethod
+    def refusal(self, spec: LayerSpec) -> str | None:
+        """Why this kernel cannot take the layer, or None if it can. Never raises, never compiles anything on meta."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        """Mask ``weight`` by :func:`sparsedm_compile.masks.magnitude_mask` and pack what is kept."""
+
+    @abstractmethod
+    def empty_packed(self, spec: LayerSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Uninitialised tensors with the shapes and dtypes that ``pack`` gives (for fake tensors and for loading)."""
+
+    @abstractmethod
+    def unpack(self, values: Tensor, index: Tensor, spec: LayerSpec) -> Tensor:
+        """The masked dense weight, ``spec.weight_shape``, exactly as it was packed."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """``x (..., in) -> (..., out)``, contiguous, for x of any strides."""
+
+    @abstractmethod
+    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """``x (B, C_in, H, W) -> (B, C_out, H', W')``, in the memory format that dense conv2d gives for this x."""

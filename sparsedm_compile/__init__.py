@@ -1,0 +1,1 @@
+"""N:M sparsity for pretrained diffusion models."""
