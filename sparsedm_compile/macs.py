@@ -121,8 +121,8 @@ def count_macs(
 ) -> MacsReport:
     """Count the MACs of one forward pass, ``model(*inputs, **kwargs)``, from shapes alone.
 
-    Model and inputs may live on any device, ``"meta"`` included, in any mix; fake tensors stand in for them, so a model of
-    12 billion parameters takes seconds and no memory, and the model is left as it was. The formulas are those of
+    Model and inputs may live on any device, ``"meta"`` included, in any mix; fake tensors stand in for them, so a model
+    of 12 billion parameters takes seconds and no memory, and the model is left as it was. The formulas are those of
     ``torch.utils.flop_counter``: for a dense model its FLOPs are twice ``dense + attention``.
 
     Args:
@@ -164,8 +164,8 @@ def count_macs(
         except Exception as error:
             shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor))
             raise ValueError(
-                f"{type(model).__name__}.forward failed on tensors of shape {shapes or '(no tensor)'}: {error}. Check the "
-                "shapes; a model that reads the values of a tensor (.item()) cannot be counted, for there are none"
+                f"{type(model).__name__}.forward failed on tensors of shape {shapes or '(no tensor)'}: {error}. Check "
+                "the shapes; a model that reads the values of a tensor (.item()) cannot be counted, for there are none"
             ) from error
     return _report(model, counter.macs, patterns)
 
@@ -224,8 +224,8 @@ class _Counter(TorchDispatchMode):
     """Sum MACs by (module name, kind) of everything that runs below this mode.
 
     A product belongs to the innermost running module if that is a layer. Otherwise to the module whose weight it takes,
-    also a weight that was cast, masked or scaled on the way (a tensor made of weights alone is taken for a weight). What
-    is left multiplies two activations and is attention.
+    also a weight that was cast, masked or scaled on the way (a tensor made of weights alone is taken for a weight).
+    What is left multiplies two activations and is attention.
     """
 
     supports_higher_order_operators = True
