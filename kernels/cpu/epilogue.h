@@ -1,0 +1,114 @@
+// What follows the sums: activation in place, then the way out, where the residual is added.
+#pragma once
+
+// ATen's vectors choose their width by these, as torch's own build sets them for each of its copies.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define CPU_CAPABILITY AVX512
+#define CPU_CAPABILITY_AVX512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define CPU_CAPABILITY AVX2
+#define CPU_CAPABILITY_AVX2
+#else
+#define CPU_CAPABILITY DEFAULT
+#define CPU_CAPABILITY_DEFAULT
+#endif
+#include <ATen/cpu/vec/vec.h>
+
+#include "layout.h"
+
+namespace sparsedm {
+
+enum Activation : int64_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
+
+template <class Function>
+inline void map(float* data, int64_t size, Function f) {
+  using V = at::vec::Vectorized<float>;
+  int64_t i = 0;
+  for (; i + V::size() <= size; i += V::size()) f(V::loadu(data + i)).store(data + i);
+  if (i < size) f(V::loadu(data + i, size - i)).store(data + i, size - i);
+}
+
+inline void activate(float* data, int64_t size, Activation activation) {
+  using V = at::vec::Vectorized<float>;
+  const V half(0.5f), one(1.0f);
+  switch (activation) {
+    case kNone: return;
+    case kGelu:
+      return map(data, size, [&](V x) { return half * x * (one + (x * V(0.70710678118654752f)).erf()); });
+    case kGeluTanh:
+      return map(data, size, [&](V x) {
+        return half * x * (one + (V(0.79788456080286536f) * (x + V(0.044715f) * x * x * x)).tanh());
+      });
+    case kSilu: return map(data, size, [&](V x) { return x / (one + x.neg().exp()); });
+  }
+}
+
+// A panel of finished sums: out[channel - channel0][token - token0], rows `stride` floats apart.
+struct Sums {
+  const float* data;
+  int64_t stride;
+  int64_t channel0, channel1;
+  int64_t token0, token1;
+};
+
+// Writes sums as (token, channel): a linear layer's output, or a channels_last image.
+struct TokenMajor {
+  float* out;
+  const float* residual;  // null, or laid out as `out`
+  int64_t channels;
+
+  void operator()(const Sums& sums) const {
+    const int64_t count = sums.channel1 - sums.channel0;
+    for (int64_t t = sums.token0; t < sums.token1; t += kWidth) {
+      const int64_t tokens = std::min<int64_t>(kWidth, sums.token1 - t);
+      const float* from = sums.data + (t - sums.token0);
+      const int64_t at = t * channels + sums.channel0;
+      if (count < kWidth) {
+        for (int64_t i = 0; i < tokens; ++i)
+          for (int64_t c = 0; c < count; ++c)
+            out[at + i * channels + c] =
+                from[c * sums.stride + i] + (residual ? residual[at + i * channels + c] : 0.0f);
+        continue;
+      }
+      for (int64_t c = 0; c < count; c += kWidth) {
+        const int64_t c0 = std::min(c, count - kWidth);  // the last tile overlaps the one before
+        Vec tile[kWidth];
+        SPARSEDM_UNROLL
+        for (int i = 0; i < kWidth; ++i) tile[i] = load(from + (c0 + i) * sums.stride);
+        transpose(tile);
+        if (residual) {
+          for (int64_t i = 0; i < tokens; ++i) tile[i] += load(residual + at + i * channels + c0);
+        }
+        for (int64_t i = 0; i < tokens; ++i) store(out + at + i * channels + c0, tile[i]);
+      }
+    }
+  }
+};
+
+// Writes sums as (image, channel, pixel): NCHW. A token is image * pixels + pixel.
+struct ChannelMajor {
+  float* out;
+  const float* residual;  // null, or laid out as `out`
+  int64_t channels, pixels;
+
+  void operator()(const Sums& sums) const {
+    for (int64_t t = sums.token0; t < sums.token1;) {
+      const int64_t image = t / pixels, pixel = t % pixels;
+      const int64_t size = std::min(pixels - pixel, sums.token1 - t);
+      for (int64_t c = sums.channel0; c < sums.channel1; ++c) {
+        const int64_t at = (image * channels + c) * pixels + pixel;
+        const float* from = sums.data + (c - sums.channel0) * sums.stride + (t - sums.token0);
+        int64_t i = 0;
+        for (; i + kWidth <= size; i += kWidth) {
+          Vec z = load(from + i);
+          if (residual) z += load(residual + at + i);
+          store(out + at + i, z);
+        }
+        for (; i < size; ++i) out[at + i] = from[i] + (residual ? residual[at + i] : 0.0f);
+      }
+      t += size;
+    }
+  }
+};
+
+}  // namespace sparsedm

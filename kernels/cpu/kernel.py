@@ -1,0 +1,99 @@
+"""N:M linear layers and convolutions on CPUs: C++ that multiplies what is kept and skips the rest."""
+
+import torch
+from torch import Tensor
+
+from sparsedm_compile.kernels.cpu import build
+from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
+
+_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+
+
+class CpuKernel(Kernel):
+    """float32, any n:m and v, convolutions without groups; AVX-512, AVX2 and NEON from one source.
+
+    A packed weight is ``values`` (float32) and ``index`` (int16, byte offsets into a panel of activations), both flat;
+    ``layout.h`` says where each weight lies. The layout belongs to the vector width of this machine: keep masked dense
+    weights for other machines.
+
+    Every method but ``refusal`` expects a spec that ``refusal`` accepts.
+    """
+
+    name = "cpu"
+    version = "1"
+
+    def refusal(self, spec: LayerSpec) -> str | None:
+        """See :meth:`Kernel.refusal`. The first call that gets past the spec compiles the C++ (seconds, then cached)."""
+        if spec.device != "cpu":
+            return f"the cpu kernel does not run on {spec.device}"
+        if spec.dtype != torch.float32:
+            return f"the cpu kernel takes float32, not {str(spec.dtype).removeprefix('torch.')}"
+        if spec.pattern.is_dense:
+            return "the pattern is dense"
+        if spec.groups != 1:
+            return f"the cpu kernel takes convolutions of one group, not {spec.groups}"
+        dims = {"linear": 2, "conv2d": 4}[spec.op]
+        if len(spec.weight_shape) != dims:
+            return f"a {spec.op} weight has {dims} dimensions, not {len(spec.weight_shape)}"
+        return spec.pattern.refusal(spec.weight_shape) or build.load()
+
+    def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        """See :meth:`Kernel.pack`; one pass, on all threads.
+
+        Raises:
+            ValueError: the weight holds NaN.
+        """
+        return torch.ops.sparsedm_cpu.pack(weight.detach(), *_numbers(spec))
+
+    def empty_packed(self, spec: LayerSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+        """See :meth:`Kernel.empty_packed`."""
+        values, index = torch.ops.sparsedm_cpu.packed_sizes(spec.weight_shape, *_numbers(spec))
+        return (
+            torch.empty(values, dtype=torch.float32, device=device),
+            torch.empty(index, dtype=torch.int16, device=device),
+        )
+
+    def unpack(self, values: Tensor, index: Tensor, spec: LayerSpec) -> Tensor:
+        """See :meth:`Kernel.unpack`."""
+        return torch.ops.sparsedm_cpu.unpack(values, index, spec.weight_shape, *_numbers(spec))
+
+    def linear(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """See :meth:`Kernel.linear`.
+
+        Raises:
+            ValueError: x, the packed weight, bias or residual has another shape or dtype than the spec says.
+        """
+        return torch.ops.sparsedm_cpu.linear(
+            x,
+            values,
+            index,
+            spec.weight_shape,
+            *_numbers(spec),
+            epilogue.bias,
+            _ACTIVATIONS[epilogue.activation],
+            epilogue.residual,
+        )
+
+    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """See :meth:`Kernel.conv2d`.
+
+        Raises:
+            ValueError: x, the packed weight, bias or residual has another shape or dtype than the spec says.
+        """
+        return torch.ops.sparsedm_cpu.conv2d(
+            x,
+            values,
+            index,
+            spec.weight_shape,
+            *_numbers(spec),
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            epilogue.bias,
+            _ACTIVATIONS[epilogue.activation],
+            epilogue.residual,
+        )
+
+
+def _numbers(spec: LayerSpec) -> tuple[int, int, int]:
+    return spec.pattern.n, spec.pattern.m, spec.pattern.v

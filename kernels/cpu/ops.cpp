@@ -1,0 +1,192 @@
+// The operators that Python calls, with their checks.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "pack.h"
+#include "run.h"
+#include "source.h"
+
+namespace sparsedm {
+namespace {
+
+using at::Tensor;
+
+Layout layout_of(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v) {
+  int64_t taps = 1;
+  for (size_t i = 2; i < weight_shape.size(); ++i) taps *= weight_shape[i];
+  TORCH_CHECK_VALUE(0 < n && n < m && m <= 32 && v >= 1 && weight_shape[1] % m == 0 && weight_shape[0] % v == 0,
+                    "a weight of shape ", weight_shape, " cannot be ", n, ":", m, "v", v);
+  return Layout(n, m, v, weight_shape[0], weight_shape[1], taps);
+}
+
+void check_packed(const Layout& layout, const Tensor& values, const Tensor& index) {
+  TORCH_CHECK_VALUE(values.is_contiguous() && values.scalar_type() == at::kFloat && values.numel() == layout.values_size(),
+                    "values: want ", layout.values_size(), " contiguous float32, got ", values.numel(), " of ",
+                    values.scalar_type());
+  TORCH_CHECK_VALUE(index.is_contiguous() && index.scalar_type() == at::kShort && index.numel() == layout.index_size(),
+                    "index: want ", layout.index_size(), " contiguous int16, got ", index.numel(), " of ",
+                    index.scalar_type());
+}
+
+std::tuple<int64_t, int64_t> packed_sizes(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v) {
+  const Layout layout = layout_of(weight_shape, n, m, v);
+  return {layout.values_size(), layout.index_size()};
+}
+
+std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight, int64_t n, int64_t m, int64_t v) {
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat, "weight: want float32, got ", weight.scalar_type());
+  const Layout layout = layout_of(weight.sizes(), n, m, v);
+  const Tensor dense = weight.contiguous();
+  Tensor values = at::empty({layout.values_size()}, dense.options());
+  Tensor index = at::empty({layout.index_size()}, dense.options().dtype(at::kShort));
+  pack(layout, dense.const_data_ptr<float>(), values.mutable_data_ptr<float>(), index.mutable_data_ptr<int16_t>());
+  return {values, index};
+}
+
+Tensor unpack_weight(const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n, int64_t m,
+                     int64_t v) {
+  const Layout layout = layout_of(weight_shape, n, m, v);
+  check_packed(layout, values, index);
+  Tensor weight = at::zeros(weight_shape, values.options());
+  unpack(layout, values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), weight.mutable_data_ptr<float>());
+  return weight;
+}
+
+Tensor bias_or_zero(const std::optional<Tensor>& bias, const Layout& layout, const Tensor& x) {
+  if (!bias.has_value()) return at::zeros({layout.out}, x.options());
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == layout.out && bias->scalar_type() == at::kFloat,
+                    "bias: want float32 of shape (", layout.out, "), got ", bias->scalar_type(), " of ", bias->sizes());
+  return bias->contiguous();
+}
+
+// The residual laid out as the output, or undefined.
+Tensor residual_like(const std::optional<Tensor>& residual, const Tensor& out, at::MemoryFormat format) {
+  if (!residual.has_value()) return Tensor();
+  TORCH_CHECK_VALUE(residual->sizes() == out.sizes() && residual->scalar_type() == at::kFloat,
+                    "residual: want float32 of the output's shape ", out.sizes(), ", got ", residual->scalar_type(), " of ",
+                    residual->sizes());
+  return residual->contiguous(format);
+}
+
+const float* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
+Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
+              int64_t m, int64_t v, const std::optional<Tensor>& bias, int64_t activation,
+              const std::optional<Tensor>& residual) {
+  const Layout layout = layout_of(weight_shape, n, m, v);
+  check_packed(layout, values, index);
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.dim() >= 1 && x.size(-1) == layout.channels,
+                    "x: want float32 of shape (..., ", layout.channels, "), got ", x.scalar_type(), " of ", x.sizes());
+  Tensor rows = x.reshape({-1, layout.channels});
+  if (rows.stride(1) != 1) rows = rows.contiguous();
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = layout.out;
+  Tensor out = at::empty(shape, x.options(), at::MemoryFormat::Contiguous);
+  const Tensor addend = residual_like(residual, out, at::MemoryFormat::Contiguous);
+  if (rows.size(0) == 0) return out;
+  const Tensor start = bias_or_zero(bias, layout, x);
+  run(layout, values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
+      static_cast<Activation>(activation), rows.size(0), TokenRows{rows.const_data_ptr<float>(), rows.stride(0)},
+      TokenMajor{out.mutable_data_ptr<float>(), data_or_null(addend), layout.out});
+  return out;
+}
+
+Tensor conv2d(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
+              int64_t m, int64_t v, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+              const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual) {
+  const Layout layout = layout_of(weight_shape, n, m, v);
+  check_packed(layout, values, index);
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.dim() == 4 && x.size(1) == layout.channels,
+                    "x: want float32 of shape (B, ", layout.channels, ", H, W), got ", x.scalar_type(), " of ", x.sizes());
+  const Window window{x.size(0), x.size(1), x.size(2), x.size(3), weight_shape[2], weight_shape[3], stride[0], stride[1],
+                      padding[0], padding[1], dilation[0], dilation[1]};
+  const int64_t reach_h = window.dilation_h * (window.kernel_h - 1) + 1,
+                reach_w = window.dilation_w * (window.kernel_w - 1) + 1;
+  TORCH_CHECK_VALUE(window.height + 2 * window.padding_h >= reach_h && window.width + 2 * window.padding_w >= reach_w,
+                    "x: the kernel spans ", reach_h, " x ", reach_w, " pixels, more than the padded input of ", x.sizes());
+  const at::MemoryFormat format = x.suggest_memory_format();
+  const bool channels_last = format == at::MemoryFormat::ChannelsLast;
+  const Tensor image = x.contiguous(format);
+  Tensor out = at::empty({x.size(0), layout.out, window.out_height(), window.out_width()}, x.options(), format);
+  const Tensor addend = residual_like(residual, out, format);
+  if (out.numel() == 0) return out;
+  const Tensor start = bias_or_zero(bias, layout, x);
+
+  Planes planes(window);
+  Tensor padded;
+  if (planes.is_identity() && !channels_last) {
+    planes.data = image.const_data_ptr<float>();
+    planes.end = planes.data + image.numel();
+  } else {
+    padded = at::empty({planes.size() + kWidth}, x.options(), at::MemoryFormat::Contiguous);
+    split(planes, image.const_data_ptr<float>(), channels_last, padded.mutable_data_ptr<float>());
+    planes.data = padded.const_data_ptr<float>();
+    planes.end = planes.data + padded.numel();
+  }
+  const int64_t tokens = window.images * window.pixels();
+  const auto go = [&](const auto& source, const auto& sink) {
+    run(layout, values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
+        static_cast<Activation>(activation), tokens, source, sink);
+  };
+  if (channels_last) {
+    go(planes, TokenMajor{out.mutable_data_ptr<float>(), data_or_null(addend), layout.out});
+  } else {
+    go(planes, ChannelMajor{out.mutable_data_ptr<float>(), data_or_null(addend), layout.out, window.pixels()});
+  }
+  return out;
+}
+
+// splitmix64 (Steele, Lea, Flood 2014): turns a counter into 64 well mixed bits.
+uint64_t mix(uint64_t z) {
+  z += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// A hash of 64 elements at positions that depend on the number of elements alone, in storage order.
+int64_t checksum_one(const Tensor& tensor, int64_t samples) {
+  const Tensor dense = tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
+  const uint64_t size = static_cast<uint64_t>(dense.numel()), bytes = dense.element_size();
+  const char* data = static_cast<const char*>(dense.const_data_ptr());
+  uint64_t hash = mix(size);
+  for (uint64_t i = 0; i < std::min<uint64_t>(samples, size); ++i) {
+    const uint64_t at = size <= static_cast<uint64_t>(samples) ? i : mix(i) % size;
+    uint64_t element = 0;
+    std::memcpy(&element, data + at * bytes, std::min<uint64_t>(bytes, sizeof(element)));
+    hash = (hash ^ element) * 0x9fb21c651e98df25u;
+    hash ^= hash >> 29;
+  }
+  return static_cast<int64_t>(mix(hash));
+}
+
+std::vector<int64_t> checksum(at::TensorList tensors) {
+  std::vector<int64_t> sums;
+  sums.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) sums.push_back(checksum_one(tensor, 64));
+  return sums;
+}
+
+}  // namespace
+}  // namespace sparsedm
+
+TORCH_LIBRARY(sparsedm_cpu, library) {
+  library.def("packed_sizes(int[] weight_shape, int n, int m, int v) -> (int, int)", &sparsedm::packed_sizes);
+  library.def("pack(Tensor weight, int n, int m, int v) -> (Tensor, Tensor)");
+  library.def("unpack(Tensor values, Tensor index, int[] weight_shape, int n, int m, int v) -> Tensor");
+  library.def(
+      "linear(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, Tensor? bias, "
+      "int activation, Tensor? residual) -> Tensor");
+  library.def(
+      "conv2d(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, int[2] stride, "
+      "int[2] padding, int[2] dilation, Tensor? bias, int activation, Tensor? residual) -> Tensor");
+  library.def("checksum(Tensor[] tensors) -> int[]");
+}
+
+TORCH_LIBRARY_IMPL(sparsedm_cpu, CPU, library) {
+  library.impl("pack", &sparsedm::pack_weight);
+  library.impl("unpack", &sparsedm::unpack_weight);
+  library.impl("linear", &sparsedm::linear);
+  library.impl("conv2d", &sparsedm::conv2d);
+  library.impl("checksum", &sparsedm::checksum);
+}

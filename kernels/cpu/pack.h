@@ -1,0 +1,199 @@
+// Masking and packing in one pass over the weight, and back.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <vector>
+
+#include "layout.h"
+
+namespace sparsedm {
+
+// The part of a weight that one unit of channels and one block of K hold, while it is packed.
+class Packer {
+ public:
+  Packer(const Layout& layout, const float* weight, float* values, int16_t* index)
+      : layout_(layout), weight_(weight), values_(values), index_(index) {}
+
+  void pack(int64_t unit, int64_t block) {
+    if (layout_.pairs()) {
+      pack_pairs(unit, block);
+    } else {
+      pack_groups(unit, block);
+    }
+  }
+
+ private:
+  // OIHW: K is (tap, c_in), so that the m weights of a choice are neighbours along c_in.
+  float at(int64_t channel, int64_t k) const {
+    const int64_t tap = k / layout_.channels, c = k % layout_.channels;
+    return weight_[(channel * layout_.channels + c) * layout_.taps + tap];
+  }
+
+  // The rows of this block, ascending, that the channels [channel, channel + v) keep: the n of largest magnitude of every
+  // m. Magnitudes are summed over v as a chain of fp32 additions in channel order, as masks.group_scores does; among equals
+  // the lower row wins.
+  void choose(int64_t channel, int64_t block, int16_t* rows) const {
+    const int64_t n = layout_.n, m = layout_.m;
+    for (int64_t choice = layout_.first(block); choice < layout_.first(block + 1); ++choice) {
+      float score[32];
+      const int64_t tap = choice * m / layout_.channels, c = choice * m % layout_.channels;
+      for (int64_t j = 0; j < layout_.v; ++j) {
+        const float* w = weight_ + ((channel + j) * layout_.channels + c) * layout_.taps + tap;
+        for (int64_t i = 0; i < m; ++i) {
+          const float magnitude = std::fabs(w[i * layout_.taps]);
+          score[i] = j == 0 ? magnitude : score[i] + magnitude;
+        }
+      }
+      int64_t found = 0;
+      for (int64_t i = 0; i < m; ++i) {
+        int beaten = 0;
+        for (int64_t j = 0; j < i; ++j) beaten += score[j] >= score[i];
+        for (int64_t j = i + 1; j < m; ++j) beaten += score[j] > score[i];
+        if (beaten >= n) continue;
+        TORCH_CHECK_VALUE(found < n, "weight holds NaN in output channel ", channel,
+                          ": magnitudes cannot be ranked; repair the weight before packing it");
+        rows[found++] = static_cast<int16_t>((choice - layout_.first(block)) * m + i);
+      }
+      rows += n;
+    }
+  }
+
+  void pack_groups(int64_t unit, int64_t block) {
+    const int64_t kept = layout_.kept(block), k0 = layout_.first(block) * layout_.m, together = layout_.together;
+    rows_.resize(kept);
+    const int64_t end = std::min((unit + 1) * layout_.groups_per_unit(), layout_.groups());
+    int64_t chosen = -1;
+    for (int64_t g = unit * layout_.groups_per_unit(); g < end; ++g) {
+      const int64_t sharing = g * together / layout_.v * layout_.v;
+      if (sharing != chosen) choose(chosen = sharing, block, rows_.data());
+      float* values = values_ + layout_.values_at(block, g);
+      int16_t* index = index_ + layout_.index_at(block, g);
+      for (int64_t i = 0; i < kept; ++i) {
+        index[i] = static_cast<int16_t>(rows_[i] * layout_.row_bytes);
+        for (int64_t c = 0; c < together; ++c) values[i * together + c] = at(g * together + c, k0 + rows_[i]);
+      }
+    }
+  }
+
+  struct Pair {
+    int64_t a, b, shared;  // b < 0: the last channel of an odd number has no partner
+  };
+
+  // Greedy: each channel takes the best partner left. Sorted by the rows shared, because runs of equal loop lengths are
+  // what a branch predictor predicts.
+  std::vector<Pair> match(const std::vector<uint64_t>& masks, int64_t words, int64_t channels, int64_t kept) const {
+    std::vector<int64_t> left(channels);
+    for (int64_t i = 0; i < channels; ++i) left[i] = i;
+    std::vector<Pair> pairs;
+    while (left.size() > 1) {
+      const int64_t a = left.back();
+      left.pop_back();
+      int64_t best = -1;
+      size_t partner = 0;
+      for (size_t j = 0; j < left.size(); ++j) {
+        int64_t shared = 0;
+        for (int64_t w = 0; w < words; ++w)
+          shared += __builtin_popcountll(masks[a * words + w] & masks[left[j] * words + w]);
+        if (shared > best) {
+          best = shared;
+          partner = j;
+        }
+      }
+      pairs.push_back({a, left[partner], best});
+      left.erase(left.begin() + static_cast<std::ptrdiff_t>(partner));
+    }
+    if (!left.empty()) pairs.push_back({left[0], -1, kept});
+    std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& x, const Pair& y) { return x.shared > y.shared; });
+    return pairs;
+  }
+
+  void pack_pairs(int64_t unit, int64_t block) {
+    const int64_t kept = layout_.kept(block), k0 = layout_.first(block) * layout_.m;
+    const int64_t first = unit * kUnit, channels = std::min(kUnit, layout_.out - first);
+    const int64_t words = ((layout_.first(block + 1) - layout_.first(block)) * layout_.m + 63) / 64;
+    rows_.resize(channels * kept);
+    std::vector<uint64_t> masks(channels * words, 0);
+    for (int64_t c = 0; c < channels; ++c) {
+      choose(first + c, block, rows_.data() + c * kept);
+      for (int64_t i = 0; i < kept; ++i) {
+        const int16_t row = rows_[c * kept + i];
+        masks[c * words + row / 64] |= uint64_t{1} << (row % 64);
+      }
+    }
+    int64_t g = unit * layout_.groups_per_unit();
+    for (const Pair& pair : match(masks, words, channels, kept)) {
+      float* values = values_ + layout_.values_at(block, g);
+      int16_t* index = index_ + layout_.index_at(block, g);
+      ++g;
+      const bool alone = pair.b < 0;
+      index[0] = static_cast<int16_t>(pair.shared);
+      index[1] = static_cast<int16_t>(pair.a);
+      index[2] = static_cast<int16_t>(alone ? channels : pair.b);  // a spare row of the output panel
+      index[3] = static_cast<int16_t>(alone ? pair.a : pair.b);    // where a bias may be read
+      index += Layout::kHeader;
+      const int16_t* rows[2] = {rows_.data() + pair.a * kept, rows_.data() + (alone ? pair.a : pair.b) * kept};
+      const uint64_t* mask[2] = {&masks[pair.a * words], &masks[(alone ? pair.a : pair.b) * words]};
+      int64_t next_shared[2] = {0, 0}, next_own[2] = {pair.shared, pair.shared};
+      for (int64_t side = 0; side < 2; ++side) {
+        for (int64_t i = 0; i < kept; ++i) {
+          const int16_t row = rows[side][i];
+          const bool shared = mask[1 - side][row / 64] >> (row % 64) & 1;
+          const int64_t slot = shared ? next_shared[side]++ : next_own[side]++;
+          const int64_t at_index = shared ? slot : pair.shared + (slot - pair.shared) * 2 + side;
+          index[at_index] = static_cast<int16_t>(row * layout_.row_bytes);
+          const int64_t channel = side == 0 ? pair.a : pair.b;
+          values[slot * 2 + side] = channel < 0 ? 0.0f : at(first + channel, k0 + row);
+        }
+      }
+      std::fill(index + 2 * kept - pair.shared, index + 2 * kept, static_cast<int16_t>(0));
+    }
+  }
+
+  const Layout& layout_;
+  const float* weight_;
+  float* values_;
+  int16_t* index_;
+  std::vector<int16_t> rows_;
+};
+
+inline void pack(const Layout& layout, const float* weight, float* values, int16_t* index) {
+  at::parallel_for(0, layout.units() * layout.blocks, 1, [&](int64_t begin, int64_t end) {
+    Packer packer(layout, weight, values, index);
+    for (int64_t task = begin; task < end; ++task) packer.pack(task / layout.blocks, task % layout.blocks);
+  });
+}
+
+// `weight` is zero on entry.
+inline void unpack(const Layout& layout, const float* values, const int16_t* index, float* weight) {
+  const auto put = [&](int64_t channel, int64_t block, int16_t offset, float value) {
+    const int64_t k = layout.first(block) * layout.m + offset / layout.row_bytes;
+    weight[(channel * layout.channels + k % layout.channels) * layout.taps + k / layout.channels] = value;
+  };
+  at::parallel_for(0, layout.groups(), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      for (int64_t block = 0; block < layout.blocks; ++block) {
+        const float* v = values + layout.values_at(block, g);
+        const int16_t* i = index + layout.index_at(block, g);
+        const int64_t kept = layout.kept(block), together = layout.together;
+        if (!layout.pairs()) {
+          for (int64_t j = 0; j < kept * together; ++j) put(g * together + j % together, block, i[j / together], v[j]);
+          continue;
+        }
+        const int64_t shared = i[0], unit = g / layout.groups_per_unit() * kUnit;
+        for (int64_t side = 0; side < 2; ++side) {
+          const int64_t channel = unit + i[1 + side];
+          if (channel >= layout.out) continue;
+          for (int64_t j = 0; j < kept; ++j) {
+            const int64_t at = j < shared ? j : shared + (j - shared) * 2 + side;
+            put(channel, block, i[Layout::kHeader + at], v[j * 2 + side]);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace sparsedm
