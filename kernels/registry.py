@@ -59,6 +59,8 @@ class Kernel(ABC):
     name: str
     #: changes whenever timings or packed layouts may change; remembered choices are keyed by it
     version: str
+    #: False for dense kernels, which take part in the choice as rivals and run where they win
+    skips_zeros: bool = True
 
     @abstractmethod
     def refusal(self, spec: LayerSpec) -> str | None:

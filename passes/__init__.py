@@ -1,1 +1,42 @@
 """FX passes, one a file; the ordered list of them is the compiler."""
+
+import logging
+from collections.abc import Callable
+
+from sparsedm_compile.passes.find_layers import find_layers
+from sparsedm_compile.passes.insert_masks import insert_masks
+from sparsedm_compile.passes.lowering import Lowering
+from sparsedm_compile.passes.swap_kernels import swap_kernels
+
+_log = logging.getLogger(__name__)
+
+#: In this order. Training stops where the masks are in: they must stay differentiable.
+PASSES: tuple[Callable[[Lowering], None], ...] = (find_layers, insert_masks, swap_kernels)
+_INFERENCE_ONLY = {swap_kernels}
+
+
+def run_passes(lowering: Lowering) -> None:
+    """Lower the graph in place; with the option ``dump_graphs``, write it before and after each pass."""
+    for position, lower in enumerate(PASSES):
+        if lower in _INFERENCE_ONLY and not lowering.inference:
+            continue
+        _dump(lowering, f"{position}_{lower.__name__}_before")
+        lower(lowering)
+        lowering.gm.graph.eliminate_dead_code()
+        lowering.gm.graph.lint()
+        _dump(lowering, f"{position}_{lower.__name__}_after")
+    lowering.gm.recompile()
+
+
+def _dump(lowering: Lowering, name: str) -> None:
+    directory, only = lowering.options.dump_graphs, lowering.options.dump_pass
+    if directory is None or (only is not None and f"_{only}_" not in name):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    # Each compiled graph of the process gets a number of its own: a model may compile to several.
+    path = directory / f"graph{lowering.number}_{name}.txt"
+    path.write_text(lowering.gm.graph.python_code("self").src)
+    _log.info("wrote %s", path)
+
+
+__all__ = ["PASSES", "Lowering", "run_passes"]

@@ -1,0 +1,128 @@
+"""Choice of kernel: sparse against dense, timed in turn on tensors like the real ones, remembered on disk."""
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsedm_compile.kernels import get_kernel, kernel_names
+from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
+from sparsedm_compile.kernels.verdicts import Verdict, VerdictStore
+from sparsedm_compile.masked_weight import mask_out
+from sparsedm_compile.timing import median_ratio, paired_times
+
+_log = logging.getLogger(__name__)
+
+# Seconds that the measurement of one layer may take; a model has five to thirty different layers.
+_BUDGET = 0.25
+# A kernel must beat plain dense by this much: a tie is not worth a second copy of the weight.
+_MARGIN = 1.02
+_NATIVE = "dense"
+_REFERENCE = "reference"  # never a candidate: it unpacks at every call
+
+_store = VerdictStore()
+_lock = threading.RLock()
+
+
+def choose(spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unusual: str = "") -> Verdict:
+    """The kernel for this layer at this input.
+
+    Args:
+        spec: the layer; its pattern may be dense, then only dense kernels compete.
+        x: an example input; sizes may be symbolic (their hints are used) and its values are never read.
+        has_bias: whether the layer adds a bias.
+        forced: ``"auto"``, ``"dense"`` or the name of a kernel.
+        unusual: a reason that rules every kernel out.
+
+    Returns:
+        A verdict; ``"dense"`` wherever no kernel can run, whatever was forced. Never raises for a layer's sake.
+    """
+    if unusual:
+        return Verdict(_NATIVE, unusual)
+    if forced == _NATIVE:
+        return Verdict(_NATIVE, "option kernel='dense'")
+    if forced != "auto":
+        refusal = get_kernel(forced).refusal(spec)
+        if refusal is None:
+            return Verdict(forced, f"option kernel={forced!r}")
+        if not spec.pattern.is_dense:
+            _log.warning("kernel %r cannot take %s: %s; dense instead", forced, spec, refusal)
+        return Verdict(_NATIVE, f"kernel {forced!r} cannot take it: {refusal}")
+
+    refusals = {name: get_kernel(name).refusal(spec) for name in kernel_names() if name != _REFERENCE}
+    able = [name for name, refusal in refusals.items() if refusal is None]
+    sparse = [name for name in able if get_kernel(name).skips_zeros]
+    if not able:
+        return Verdict(_NATIVE, _explain_refusals(refusals))
+    shape = tuple(_bucket(size) for size in _hints(x.shape[:1])) + _hints(x.shape[1:])
+    nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    threads = torch.get_num_threads()
+    versions = {name: get_kernel(name).version for name in able}
+    key = repr((spec, shape, nhwc, has_bias, threads, versions))
+    # One measurement at a time: two at once would time each other.
+    with _lock:
+        verdict = _store.get(key)
+        if verdict is None:
+            verdict = _measure(spec, shape, nhwc, has_bias, able)
+            _store.put(key, verdict)
+    if not sparse and not spec.pattern.is_dense:
+        return Verdict(verdict.kernel, _explain_refusals(refusals), None, verdict.dense_seconds, None)
+    return verdict
+
+
+def _explain_refusals(refusals: dict[str, str | None]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in refusals.items() if why and get_kernel(name).skips_zeros)
+
+
+def _measure(spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool, able: list[str]) -> Verdict:
+    generator = torch.Generator(spec.device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=spec.device).to(spec.dtype)
+
+    with torch.inference_mode(False), torch.no_grad():
+        x, weight = random(*shape), random(*spec.weight_shape) / math.sqrt(math.prod(spec.weight_shape[1:]))
+        if nhwc:
+            x = x.contiguous(memory_format=torch.channels_last)
+        bias = random(spec.weight_shape[0]) if has_bias else None
+        masked = weight if spec.pattern.is_dense else mask_out(weight, str(spec.pattern))
+        candidates: dict[str, Callable[[], Tensor]] = {_NATIVE: lambda: _native(x, masked, bias, spec)}
+        for name in able:
+            kernel = get_kernel(name)
+            values, index = kernel.pack(weight, spec)
+            run = kernel.linear if spec.op == "linear" else kernel.conv2d
+            candidates[name] = lambda run=run, v=values, i=index: run(x, v, i, spec, Epilogue(bias))
+        times = paired_times(candidates, seconds=_BUDGET)
+    seconds = {name: median(times[name]) for name in candidates}
+    sparse = [name for name in able if get_kernel(name).skips_zeros]
+    best_dense = min((name for name in candidates if name not in sparse), key=seconds.__getitem__)
+
+    if best_dense != _NATIVE and median_ratio(times[_NATIVE], times[best_dense])[0] < _MARGIN:
+        best_dense = _NATIVE
+    if not sparse:
+        return Verdict(best_dense, f"fastest dense: {best_dense}", None, seconds[best_dense], None)
+    best = min(sparse, key=seconds.__getitem__)
+    gain, _ = median_ratio(times[best_dense], times[best])
+    winner = best if gain >= _MARGIN else best_dense
+    reason = f"{gain:.2f}x the fastest dense ({best_dense})"
+    return Verdict(winner, reason, seconds[best], seconds[best_dense], gain)
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
+    if spec.op == "linear":
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+
+
+def _hints(sizes) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in sizes)
+
+
+def _bucket(size: int) -> int:
+    """Batch sizes are measured at powers of two, so that few are ever measured."""
+    return 1 << (size - 1).bit_length() if size > 1 else 1

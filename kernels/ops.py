@@ -1,0 +1,197 @@
+"""The operators ``sparsedm::linear``, ``conv2d`` and ``unpack``: a layer run from its packed weight.
+
+They only read the constants of the call and hand it to the kernel named in it, so a graph shows which kernel ran.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from sparsedm_compile.kernels import get_kernel
+from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
+from sparsedm_compile.pattern import Pattern
+
+_PACKED = "Tensor values, Tensor index"
+_LAYER = "str kernel, str pattern, int[] weight_shape"
+_CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_EPILOGUE = 'Tensor? bias=None, str activation="none", Tensor? residual=None'
+
+torch.library.define("sparsedm::linear", f"(Tensor x, {_PACKED}, {_LAYER}, {_EPILOGUE}) -> Tensor")
+torch.library.define("sparsedm::conv2d", f"(Tensor x, {_PACKED}, {_LAYER}, {_CONV}, {_EPILOGUE}) -> Tensor")
+torch.library.define("sparsedm::unpack", f"({_PACKED}, str op, {_LAYER}, {_CONV}) -> Tensor")
+
+
+@lru_cache(maxsize=4096)
+def _spec(op: str, pattern: str, weight_shape: tuple, dtype: torch.dtype, device: str, *conv) -> LayerSpec:
+    return LayerSpec(op, weight_shape, Pattern.parse(pattern), dtype, device, *conv)
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    kernel: str,
+    pattern: str,
+    weight_shape: Sequence[int],
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    spec = _spec("linear", pattern, tuple(weight_shape), x.dtype, x.device.type)
+    return get_kernel(kernel).linear(x, values, index, spec, Epilogue(bias, activation, residual))
+
+
+def _conv2d(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    kernel: str,
+    pattern: str,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    conv = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    spec = _spec("conv2d", pattern, tuple(weight_shape), x.dtype, x.device.type, *conv)
+    return get_kernel(kernel).conv2d(x, values, index, spec, Epilogue(bias, activation, residual))
+
+
+def _unpack(
+    values: Tensor,
+    index: Tensor,
+    op: str,
+    kernel: str,
+    pattern: str,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    conv = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    spec = _spec(op, pattern, tuple(weight_shape), values.dtype, values.device.type, *conv)
+    return get_kernel(kernel).unpack(values, index, spec)
+
+
+torch.library.impl("sparsedm::linear", "CompositeExplicitAutograd", _linear)
+torch.library.impl("sparsedm::conv2d", "CompositeExplicitAutograd", _conv2d)
+torch.library.impl("sparsedm::unpack", "CompositeExplicitAutograd", _unpack)
+
+
+@torch.library.register_fake("sparsedm::linear")
+def _linear_fake(x, values, index, kernel, pattern, weight_shape, bias=None, activation="none", residual=None):
+    torch._check(
+        x.shape[-1] == weight_shape[1],
+        lambda: f"sparsedm::linear: the last dimension of x is {x.shape[-1]}, the weight takes {weight_shape[1]}",
+    )
+    return x.new_empty(*x.shape[:-1], weight_shape[0])
+
+
+@torch.library.register_fake("sparsedm::conv2d")
+def _conv2d_fake(
+    x,
+    values,
+    index,
+    kernel,
+    pattern,
+    weight_shape,
+    stride,
+    padding,
+    dilation,
+    groups,
+    bias=None,
+    activation="none",
+    residual=None,
+):
+    # Dense conv2d decides the size and the memory format, so that the swap is invisible downstream.
+    return F.conv2d(x, x.new_empty(tuple(weight_shape)), None, stride, padding, dilation, groups)
+
+
+@torch.library.register_fake("sparsedm::unpack")
+def _unpack_fake(values, index, op, kernel, pattern, weight_shape, stride, padding, dilation, groups):
+    return values.new_empty(tuple(weight_shape))
+
+
+def _activation_grad(grad: Tensor, product: Tensor, activation: str) -> Tensor:
+    match activation:
+        case "gelu":
+            return torch.ops.aten.gelu_backward(grad, product)
+        case "gelu_tanh":
+            return torch.ops.aten.gelu_backward(grad, product, approximate="tanh")
+        case "silu":
+            return torch.ops.aten.silu_backward(grad, product)
+        case _:
+            return grad
+
+
+_DENSE_CONV = ([1, 1], [0, 0], [1, 1], 1)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, values, index, ctx.kernel, ctx.pattern, ctx.weight_shape, *conv, bias, ctx.activation, residual = inputs
+    ctx.conv = tuple(conv)
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    ctx.save_for_backward(x, values, index, bias)
+
+
+def _linear_backward(ctx, grad):
+    # The packed weight is frozen: gradients go to the input (guidance through the model), bias and residual.
+    x, values, index, bias = ctx.saved_tensors
+    weight = torch.ops.sparsedm.unpack(values, index, "linear", ctx.kernel, ctx.pattern, ctx.weight_shape, *_DENSE_CONV)
+    grad_product = grad
+    if ctx.activation != "none":
+        grad_product = _activation_grad(grad, F.linear(x, weight, bias), ctx.activation)
+    grad_bias = grad_product.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
+    return grad_product @ weight, None, None, None, None, None, grad_bias, None, grad if ctx.has_residual else None
+
+
+def _conv2d_backward(ctx, grad):
+    x, values, index, bias = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.conv
+    weight = torch.ops.sparsedm.unpack(values, index, "conv2d", ctx.kernel, ctx.pattern, ctx.weight_shape, *ctx.conv)
+    grad_product = grad
+    if ctx.activation != "none":
+        product = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        grad_product = _activation_grad(grad, product, ctx.activation)
+    grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
+        grad_product,
+        x,
+        weight,
+        [weight.shape[0]] if ctx.has_bias else None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [True, False, ctx.has_bias],
+    )
+    constants = [None] * 9
+    return grad_x, *constants, grad_bias, None, grad if ctx.has_residual else None
+
+
+torch.library.register_autograd("sparsedm::linear", _linear_backward, setup_context=_save_for_backward)
+torch.library.register_autograd("sparsedm::conv2d", _conv2d_backward, setup_context=_save_for_backward)
+
+
+# FLOPs that are done, not FLOPs that a dense layer would do: a count that ignores the zeros is the commonest complaint.
+@register_flop_formula(torch.ops.sparsedm.linear)
+def _linear_flops(x_shape, values_shape, index_shape, kernel, pattern, weight_shape, *args, out_shape=None, **kwargs):
+    tokens = torch.Size(x_shape[:-1]).numel()
+    p = Pattern.parse(pattern)
+    return 2 * tokens * weight_shape[0] * weight_shape[1] * p.n // p.m
+
+
+@register_flop_formula(torch.ops.sparsedm.conv2d)
+def _conv2d_flops(x_shape, values_shape, index_shape, kernel, pattern, weight_shape, *args, out_shape=None, **kwargs):
+    p = Pattern.parse(pattern)
+    return conv_flop_count(x_shape, weight_shape, out_shape) * p.n // p.m

@@ -1,0 +1,107 @@
+"""Verdicts of the measured choice and their store on disk."""
+
+import json
+import logging
+import os
+import platform
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from sparsedm_compile.cache import cache_directory
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which kernel runs a layer, and why.
+
+    Attributes:
+        kernel: name of the kernel, or ``"dense"`` for torch's own operator.
+        reason: in words.
+        sparse_seconds, dense_seconds: medians of one call of the fastest of each kind, where measured.
+        ratio: median of dense over sparse, timed in turn; above one, sparse is faster.
+    """
+
+    kernel: str
+    reason: str
+    sparse_seconds: float | None = None
+    dense_seconds: float | None = None
+    ratio: float | None = None
+
+
+class VerdictStore:
+    """Verdicts by key, in memory and in one JSON file for each kind of machine and torch version.
+
+    The file is a convenience: one that is damaged, of another format or not writable costs a measurement, never an
+    error.
+    """
+
+    def __init__(self) -> None:
+        self._verdicts: dict[str, Verdict] = {}
+        self._loaded_from: Path | None = None
+
+    @cached_property
+    def _machine(self) -> str:
+        described = "|".join((platform.machine(), _cpu_model(), torch.__version__, *_gpus()))
+        return sha256(described.encode()).hexdigest()[:16]
+
+    @property
+    def path(self) -> Path:
+        """The file; follows ``$SPARSEDM_CACHE_DIR``."""
+        return cache_directory() / f"verdicts-{self._machine}.json"
+
+    def get(self, key: str) -> Verdict | None:
+        """The verdict remembered under ``key``, if any."""
+        self._load()
+        return self._verdicts.get(key)
+
+    def put(self, key: str, verdict: Verdict) -> None:
+        """Remember a verdict, keeping what other processes wrote meanwhile."""
+        self._loaded_from = None
+        self._load()
+        self._verdicts[key] = verdict
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
+            with os.fdopen(handle, "w") as file:
+                json.dump({k: asdict(v) for k, v in self._verdicts.items()}, file, indent=1)
+            Path(temporary).replace(self.path)
+        except OSError as error:
+            _log.warning("kernel choices are not remembered: %s", error)
+
+    def _load(self) -> None:
+        path = self.path
+        if self._loaded_from == path:
+            return
+        if self._loaded_from is not None:
+            self._verdicts = {}  # the cache directory changed
+        self._loaded_from = path
+        try:
+            stored = json.loads(path.read_text())
+            self._verdicts |= {key: Verdict(**fields) for key, fields in stored.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            _log.warning("remembered kernel choices in %s cannot be read and are measured anew: %s", path, error)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,102 @@
+"""Pass ``find_layers``: list the linears and convolutions of the graph, masked and plain, with their constants."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators that packed layers call)
+from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.kernels.verdicts import Verdict
+from sparsedm_compile.passes.lowering import LayerNode, Lowering
+from sparsedm_compile.pattern import DENSE, Pattern
+
+_OPS = {F.linear: "linear", torch.conv2d: "conv2d", F.conv2d: "conv2d"}
+_PACKED = {
+    torch.ops.sparsedm.linear: "linear",
+    torch.ops.sparsedm.linear.default: "linear",
+    torch.ops.sparsedm.conv2d: "conv2d",
+    torch.ops.sparsedm.conv2d.default: "conv2d",
+}
+_MASKS = (torch.ops.sparsedm.masked_weight, torch.ops.sparsedm.masked_weight.default)
+_CONV_DEFAULTS = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+
+def find_layers(lowering: Lowering) -> None:
+    """Fill ``lowering.layers``. Changes no node."""
+    autocast_inside = any(node.target in _AUTOCAST for node in lowering.gm.graph.nodes)
+    for node in lowering.gm.graph.nodes:
+        if node.op == "call_function" and node.target in _PACKED:
+            lowering.layers.append(_packed_layer(node))
+        if node.op != "call_function" or node.target not in _OPS:
+            continue
+        weight = _argument(node, 1, "weight")
+        mask = weight if isinstance(weight, fx.Node) and weight.target in _MASKS else None
+        placeholder = mask.args[0] if mask is not None else weight
+        if not isinstance(placeholder, fx.Node) or placeholder.op != "placeholder":
+            continue  # a weight computed in the graph: not a layer
+        op = _OPS[node.target]
+        value = placeholder.meta["example_value"]
+        pattern = Pattern.parse(mask.args[1]) if mask is not None else DENSE
+        conv, unusual = _conv_constants(node, value.shape) if op == "conv2d" else ({}, "")
+        device = value.device.type
+        spec = LayerSpec(op, tuple(value.shape), pattern, value.dtype, device, **conv)
+        if torch.is_autocast_enabled(device) or autocast_inside:
+            unusual = "under autocast the layer computes in another dtype than its weight's"
+        elif layer_input(node).dtype != value.dtype:
+            unusual = f"input is {layer_input(node).dtype}, weight is {value.dtype}"
+        lowering.layers.append(LayerNode(_layer_name(placeholder), node, placeholder, mask, spec, unusual))
+
+
+def _packed_layer(node: fx.Node) -> LayerNode:
+    _, values, _, kernel, pattern, weight_shape, *_ = node.args
+    value = values.meta["example_value"]
+    spec = LayerSpec(_PACKED[node.target], tuple(weight_shape), Pattern.parse(pattern), value.dtype, value.device.type)
+    return LayerNode(_layer_name(values), node, values, None, spec, verdict=Verdict(kernel, "packed"))
+
+
+def layer_input(node: fx.Node) -> torch.Tensor:
+    """The example value of the activation that enters a layer."""
+    return _argument(node, 0, "input").meta["example_value"]
+
+
+def layer_bias(node: fx.Node) -> fx.Node | None:
+    """The bias argument of a ``linear`` or ``conv2d`` call."""
+    return _argument(node, 2, "bias")
+
+
+def _argument(node: fx.Node, position: int, name: str):
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _conv_constants(node: fx.Node, weight_shape: torch.Size) -> tuple[dict, str]:
+    constants = {}
+    for position, (name, default) in enumerate(_CONV_DEFAULTS.items(), start=3):
+        given = _argument(node, position, name)
+        constants[name] = default if given is None else given
+    unusual = ""
+    if constants["padding"] == "valid":
+        constants["padding"] = (0, 0)
+    elif constants["padding"] == "same":
+        dilation = _pair(constants["dilation"])
+        extent = [d * (k - 1) for d, k in zip(dilation, weight_shape[2:], strict=True)]
+        constants["padding"] = tuple(e // 2 for e in extent)
+        if any(e % 2 for e in extent):
+            unusual = "padding='same' with an even kernel pads one side more than the other"
+    for name in ("stride", "padding", "dilation"):
+        constants[name] = _pair(constants[name])
+    return constants, unusual
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+
+
+def _layer_name(placeholder: fx.Node) -> str:
+    """``blocks.0.attn.qkv`` from the source ``L['self']._modules['blocks']._modules['0']...._parameters['weight']``."""
+    source = getattr(placeholder, "_dynamo_source", None) or getattr(placeholder.meta.get("grapharg"), "source", None)
+    spelled = getattr(source, "name", "")
+    spelled = spelled() if callable(spelled) else spelled  # a method before torch 2.10, a property since
+    return ".".join(re.findall(r"_modules\['([^']+)'\]", spelled)) or placeholder.name

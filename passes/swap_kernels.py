@@ -1,0 +1,63 @@
+"""Pass ``swap_kernels``: run each masked layer from its packed weight, where that is faster."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsedm_compile.kernels import get_kernel
+from sparsedm_compile.kernels.choice import choose
+from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.masked_weight import mask_out
+from sparsedm_compile.passes.find_layers import layer_bias, layer_input
+from sparsedm_compile.passes.lowering import LayerNode, Lowering
+
+
+def swap_kernels(lowering: Lowering) -> None:
+    """Replace ``linear(x, masked_weight(w), b)`` by ``sparsedm::linear(x, packed, ..., b)``, convolutions alike.
+
+    Packed weights become inputs of the graph. A layer for which plain dense wins, or that no kernel takes, keeps its
+    dense operator, with the masked weight as an input: no mask is recomputed at inference. Layers without a mask take
+    part as well: where a prepacked dense kernel is faster, they get it.
+    """
+    for layer in lowering.layers:
+        if layer.verdict is not None:
+            continue  # packed before it was compiled
+        value = layer_input(layer.node)
+        layer.verdict = choose(
+            layer.spec, value, layer_bias(layer.node) is not None, lowering.options.kernel, layer.unusual
+        )
+        if layer.verdict.kernel != "dense":
+            _use_packed(lowering, layer)
+        elif layer.mask is not None:
+            _use_masked(lowering, layer)
+
+
+def _use_masked(lowering: Lowering, layer: LayerNode) -> None:
+    pattern = str(layer.spec.pattern)
+    (masked,) = lowering.add_derived(layer.weight, ("masked", pattern), partial(_masked, pattern=pattern))
+    layer.node.replace_input_with(layer.mask, masked)
+
+
+def _masked(weight: Tensor, pattern: str) -> tuple[Tensor, ...]:
+    return (mask_out(weight, pattern),)
+
+
+def _packed(weight: Tensor, kernel: str, spec: LayerSpec) -> tuple[Tensor, ...]:
+    return get_kernel(kernel).pack(weight, spec)
+
+
+def _use_packed(lowering: Lowering, layer: LayerNode) -> None:
+    spec, kernel, node = layer.spec, layer.verdict.kernel, layer.node
+    values, index = lowering.add_derived(layer.weight, (kernel, spec), partial(_packed, kernel=kernel, spec=spec))
+    constants = [kernel, str(spec.pattern), list(spec.weight_shape)]
+    if spec.op == "conv2d":
+        constants += [list(spec.stride), list(spec.padding), list(spec.dilation), spec.groups]
+    operator = torch.ops.sparsedm.linear.default if spec.op == "linear" else torch.ops.sparsedm.conv2d.default
+    x = node.args[0] if node.args else node.kwargs["input"]
+    with lowering.gm.graph.inserting_before(node):
+        swapped = lowering.gm.graph.call_function(operator, (x, values, index, *constants, layer_bias(node)))
+    swapped.meta = dict(node.meta)
+    node.replace_all_uses_with(swapped)
+    lowering.gm.graph.erase_node(node)
+    layer.node = swapped

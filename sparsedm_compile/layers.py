@@ -1,0 +1,62 @@
+"""Layers that carry a pattern: plain subclasses of nn.Linear and nn.Conv2d, state_dict keys as they were."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsedm_compile.derived import Request, derived_weights
+from sparsedm_compile.masked_weight import mask_out, masked_weight
+from sparsedm_compile.pattern import Pattern
+
+
+def effective_weight(weight: Tensor, pattern: str) -> Tensor:
+    """The weight that a layer of this pattern computes with.
+
+    While tracing and while training it is the operator ``sparsedm::masked_weight``; in eager inference it is the same
+    masked tensor, kept until the weight changes, because a mask costs more than many of the products it serves.
+    """
+    if pattern == "dense":
+        return weight
+    recomputed = torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
+    if recomputed or type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":
+        return masked_weight(weight, pattern)
+    ((masked,),) = derived_weights.get([Request(weight, ("masked", pattern), lambda w: (mask_out(w, pattern),))])
+    return masked
+
+
+class _Sparse:
+    """The pattern of a layer, as its spelling: Dynamo guards strings by value (see masked_weight.py)."""
+
+    pattern: str = "dense"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.pattern!r}"
+
+
+class SparseLinear(_Sparse, nn.Linear):
+    """``nn.Linear`` whose weight is masked by ``pattern``. Made in place by :func:`sparsedm_compile.sparsify`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features) -> (..., out_features)``."""
+        return F.linear(input, effective_weight(self.weight, self.pattern), self.bias)
+
+
+class SparseConv2d(_Sparse, nn.Conv2d):
+    """``nn.Conv2d`` whose weight is masked by ``pattern``. Made in place by :func:`sparsedm_compile.sparsify`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+        return self._conv_forward(input, effective_weight(self.weight, self.pattern), self.bias)
+
+
+SPARSE_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
+    """Name -> layer, for every layer of ``model`` that carries a pattern, in registration order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Sparse)}
+
+
+def layer_pattern(layer: nn.Module) -> Pattern:
+    """The pattern that ``layer`` computes with; dense for a layer that carries none."""
+    return Pattern.parse(getattr(layer, "pattern", "dense"))

@@ -1,0 +1,134 @@
+"""``pack``: drop the dense weights of a sparsified model, for deployment."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from sparsedm_compile.derived import derived_weights
+from sparsedm_compile.explain import explain
+from sparsedm_compile.kernels import get_kernel, kernel_names
+from sparsedm_compile.layers import SparseConv2d, SparseLinear, sparse_layers
+from sparsedm_compile.packed_layers import PackedConv2d, PackedLinear, packed_layers
+from sparsedm_compile.planning import unwrap
+from sparsedm_compile.rendering import RichText
+
+_PACKED_TYPES = {SparseLinear: PackedLinear, SparseConv2d: PackedConv2d}
+_DENSE_TYPES = {SparseLinear: nn.Linear, SparseConv2d: nn.Conv2d}
+# Without a measurement: below this width sparse kernels have been seen to lose (KERNELS, convolutions).
+_NARROW = 32
+
+
+@dataclass(frozen=True)
+class PackedLayerReport:
+    """One packed layer: its pattern, its kernel and the bytes of its weight before and after."""
+
+    name: str
+    pattern: str
+    kernel: str
+    dense_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class PackReport(RichText):
+    """What :func:`pack` did; prints as a table."""
+
+    layers: tuple[PackedLayerReport, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weights before."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights, indices included."""
+        return sum(layer.packed_bytes for layer in self.layers)
+
+    def __rich__(self) -> Table:
+        caption = f"{self.dense_bytes / 1e6:.2f} MB dense, {self.packed_bytes / 1e6:.2f} MB packed"
+        table = Table("layer", "pattern", "kernel", "dense bytes", "packed bytes", title="packed", caption=caption)
+        for layer in self.layers:
+            row = (
+                layer.name or "(model)",
+                layer.pattern,
+                layer.kernel,
+                str(layer.dense_bytes),
+                str(layer.packed_bytes),
+            )
+            table.add_row(*row)
+        return table
+
+
+def pack(model: nn.Module, *inputs: Any, **kwargs: Any) -> PackReport:
+    """Replace the sparse layers of ``model`` by packed ones, in place: memory falls, training ends.
+
+    Do it before ``torch.compile``. ``state_dict`` then holds the packed weights in a portable form, which loads into
+    a model packed with the same plan on any machine; dense checkpoints are refused.
+
+    Args:
+        model: sparsified. Layers whose pattern is dense become plain layers again.
+        inputs, kwargs: of one call; then the kernel of each layer is the one that :func:`explain` measured to be
+            fastest, and
+            layers that dense runs faster keep their masked weight unpacked. Without inputs every layer that a sparse
+            kernel can take is packed, except narrow ones.
+
+    Returns:
+        Per layer, kernel and bytes.
+
+    Raises:
+        ValueError: the model is not sparse, is packed already, or lies on meta.
+        TypeError: not a module.
+        In every case the model is left as it was.
+    """
+    model = unwrap(model)
+    layers = sparse_layers(model)
+    if not layers:
+        packed = "packed already" if packed_layers(model) else "not sparse: call sparsify(model, pattern) first"
+        raise ValueError(f"{type(model).__name__} is {packed}")
+    for name, layer in layers.items():
+        if layer.weight.device.type == "meta":
+            raise ValueError(f"layer {name!r} is on meta: load the weights before packing them")
+    measured = explain(model, *inputs, **kwargs) if inputs or kwargs else None
+    chosen = {}
+    for name, layer in layers.items():
+        if layer.pattern != "dense":
+            chosen[name] = _kernel(layer) if measured is None else _skipping(measured[name].kernel)
+
+    reports = []
+    for name, layer in layers.items():
+        weight = layer.weight
+        derived_weights.drop(weight)
+        if layer.pattern == "dense":
+            layer.__class__ = _DENSE_TYPES[type(layer)]
+            del layer.pattern
+            continue
+        packed_type = _PACKED_TYPES[type(layer)]
+        del layer.weight
+        layer.__class__ = packed_type
+        layer.weight_shape = tuple(weight.shape)
+        layer.adopt(weight.detach(), chosen[name])
+        layer.requires_grad_(False).eval()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in (layer.packed_values, layer.packed_index))
+        dense_size = math.prod(weight.shape) * weight.element_size()
+        reports.append(PackedLayerReport(name, layer.pattern, layer.kernel, dense_size, size))
+    model.eval()
+    return PackReport(tuple(reports))
+
+
+def _skipping(kernel: str) -> str:
+    return kernel if kernel in kernel_names() and get_kernel(kernel).skips_zeros else "dense"
+
+
+def _kernel(layer: SparseLinear | SparseConv2d) -> str:
+    probe = object.__new__(_PACKED_TYPES[type(layer)])
+    probe.__dict__.update(layer.__dict__)
+    probe.weight_shape = tuple(layer.weight.shape)
+    spec = probe._spec(layer.weight.dtype, layer.weight.device)
+    if min(spec.weight_shape[:2]) < _NARROW:
+        return "dense"
+    able = (name for name in kernel_names() if get_kernel(name).skips_zeros and name != "reference")
+    return next((name for name in able if get_kernel(name).refusal(spec) is None), "dense")

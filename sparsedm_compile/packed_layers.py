@@ -1,0 +1,182 @@
+"""Layers that hold a packed weight and no dense one: for deployment, made by :func:`sparsedm_compile.pack`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
+from sparsedm_compile.kernels import get_kernel, kernel_names
+from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
+from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.masked_weight import mask_out
+from sparsedm_compile.pattern import Pattern
+
+_PORTABLE = ReferenceKernel()
+_DENSE = "dense"  # the masked weight as it is, for torch's own operator
+_KEYS = ("weight_values", "weight_index", "weight_pattern")
+
+
+class _Packed(nn.Module):
+    """A packed layer.
+
+    In memory the weight lies in the layout of its kernel. ``state_dict`` holds the portable form whatever the kernel,
+    so it
+    loads on another machine: ``weight_values`` (kept weights in order), ``weight_index`` (uint8, position in the
+    group) and ``weight_pattern`` (int64: n, m, v).
+
+    Attributes:
+        pattern: its spelling.
+        kernel: the kernel whose layout ``packed_values`` and ``packed_index`` are in; ``"dense"`` where dense won.
+        weight_shape: of the weight that was packed.
+    """
+
+    kind: str
+    pattern: str
+    kernel: str
+    weight_shape: tuple[int, ...]
+    packed_values: Tensor
+    packed_index: Tensor
+
+    def _spec(self, dtype: torch.dtype, device: torch.device) -> LayerSpec:
+        raise NotImplementedError
+
+    def spec(self) -> LayerSpec:
+        """The constants of this layer."""
+        return self._spec(self.packed_values.dtype, self.packed_values.device)
+
+    def adopt(self, weight: Tensor, kernel: str) -> None:
+        """Mask and pack ``weight`` for ``kernel``; the dense weight is not kept."""
+        spec = self._spec(weight.dtype, weight.device)
+        if kernel == _DENSE:
+            values, index = mask_out(weight, self.pattern), weight.new_empty(0, dtype=torch.uint8)
+        else:
+            values, index = get_kernel(kernel).pack(weight, spec)
+        self.kernel = kernel
+        self.register_buffer("packed_values", values, persistent=False)
+        self.register_buffer("packed_index", index, persistent=False)
+
+    def unpack(self) -> Tensor:
+        """The masked dense weight, as it was packed."""
+        if self.kernel == _DENSE:
+            return self.packed_values
+        return get_kernel(self.kernel).unpack(self.packed_values, self.packed_index, self.spec())
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Refused for ``mode=True``: a packed weight has no gradient.
+
+        Raises:
+            RuntimeError: always, when ``mode`` is True.
+        """
+        if mode:
+            raise RuntimeError("a packed model cannot be trained: train the sparsified model, then pack it again")
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, weight={tuple(self.weight_shape)}, pattern={self.pattern!r}, kernel={self.kernel!r}"
+
+    def _apply(self, fn, recurse: bool = True):
+        held = self.packed_values
+        probe = fn(torch.empty(0, dtype=held.dtype, device=held.device))
+        if (probe.dtype, probe.device) == (held.dtype, held.device):
+            return super()._apply(fn, recurse)
+        # A layout belongs to one dtype and device: unpack, move, pack for the new place.
+        weight, kernel = fn(self.unpack()), self.kernel
+        del self.packed_values, self.packed_index
+        super()._apply(fn, recurse)
+        able = kernel in kernel_names() and get_kernel(kernel).refusal(self._spec(weight.dtype, weight.device)) is None
+        self.adopt(weight, kernel if able else _DENSE)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        p = Pattern.parse(self.pattern)
+        values, index = _PORTABLE.pack(self.unpack(), self.spec())
+        for key, tensor in zip(_KEYS, (values, index, torch.tensor([p.n, p.m, p.v])), strict=True):
+            destination[prefix + key] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        values, index, pattern = (state_dict.get(prefix + key) for key in _KEYS)
+        if prefix + "weight" in state_dict:
+            error_msgs.append(
+                f"{prefix}weight is dense, but this layer is packed: load the checkpoint into the sparsified model and "
+                "pack that"
+            )
+            return
+        if values is None or index is None or pattern is None:
+            missing_keys.extend(prefix + key for key in _KEYS if prefix + key not in state_dict)
+            return
+        stored = str(Pattern(*pattern.tolist()))
+        expected = _PORTABLE.empty_packed(self.spec(), torch.device("meta"))
+        if stored != self.pattern or values.shape != expected[0].shape or index.shape != expected[1].shape:
+            error_msgs.append(
+                f"{prefix}weight_values: {stored} of shape {tuple(values.shape)} in the checkpoint, this layer is "
+                f"{self.pattern} of shape {tuple(expected[0].shape)}: pack the model with the checkpoint's plan"
+            )
+            return
+        rest = {key: value for key, value in state_dict.items() if key not in {prefix + k for k in _KEYS}}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        weight = _PORTABLE.unpack(values, index, self.spec())
+        self.adopt(weight.to(self.packed_values.device, self.packed_values.dtype), self.kernel)
+
+
+class PackedLinear(_Packed):
+    """A linear layer run from its packed weight: ``(..., in_features) -> (..., out_features)``."""
+
+    kind = "linear"
+
+    def _spec(self, dtype: torch.dtype, device: torch.device) -> LayerSpec:
+        return LayerSpec("linear", self.weight_shape, Pattern.parse(self.pattern), dtype, device.type)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features) -> (..., out_features)``."""
+        if self.kernel == _DENSE:
+            return F.linear(input, self.packed_values, self.bias)
+        return torch.ops.sparsedm.linear(
+            input, self.packed_values, self.packed_index, self.kernel, self.pattern, self.weight_shape, self.bias
+        )
+
+
+class PackedConv2d(_Packed):
+    """A convolution run from its packed weight: ``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+
+    kind = "conv2d"
+
+    def _spec(self, dtype: torch.dtype, device: torch.device) -> LayerSpec:
+        pattern, padding = Pattern.parse(self.pattern), (0, 0) if self._pads_first else tuple(self.padding)
+        conv = (tuple(self.stride), padding, tuple(self.dilation), self.groups)
+        return LayerSpec("conv2d", self.weight_shape, pattern, dtype, device.type, *conv)
+
+    @property
+    def _pads_first(self) -> bool:
+        """Whether the padding is more than zeros, the same on both sides, which is all that kernels know."""
+        return self.padding_mode != "zeros" or isinstance(self.padding, str)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+        stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
+        if self._pads_first:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        if self.kernel == _DENSE:
+            return F.conv2d(input, self.packed_values, self.bias, stride, padding, dilation, groups)
+        return torch.ops.sparsedm.conv2d(
+            input,
+            self.packed_values,
+            self.packed_index,
+            self.kernel,
+            self.pattern,
+            self.weight_shape,
+            stride,
+            padding,
+            dilation,
+            groups,
+            self.bias,
+        )
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
+    """Name -> layer, for every packed layer of ``model``."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
