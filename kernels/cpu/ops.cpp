@@ -144,16 +144,30 @@ uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// A hash of 64 elements at positions that depend on the number of elements alone, in storage order.
-int64_t checksum_one(const Tensor& tensor, int64_t samples) {
-  const Tensor dense = tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
-  const uint64_t size = static_cast<uint64_t>(dense.numel()), bytes = dense.element_size();
-  const char* data = static_cast<const char*>(dense.const_data_ptr());
+// The distance in elements from the first element to the one of this logical position, for any strides.
+uint64_t offset_of(const Tensor& tensor, uint64_t position) {
+  int64_t offset = 0;
+  for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
+    const uint64_t size = tensor.size(d);
+    offset += static_cast<int64_t>(position % size) * tensor.stride(d);
+    position /= size;
+  }
+  return offset;
+}
+
+// A hash of up to 64 elements, at positions that depend on the number of elements alone: in storage order where the
+// tensor fills its storage, which saves the divisions.
+int64_t checksum_one(const Tensor& tensor) {
+  constexpr uint64_t kSamples = 64;
+  const bool dense = tensor.is_non_overlapping_and_dense();
+  const uint64_t size = tensor.numel(), bytes = tensor.element_size();
+  const char* data = static_cast<const char*>(tensor.const_data_ptr());
   uint64_t hash = mix(size);
-  for (uint64_t i = 0; i < std::min<uint64_t>(samples, size); ++i) {
-    const uint64_t at = size <= static_cast<uint64_t>(samples) ? i : mix(i) % size;
+  for (uint64_t i = 0; i < std::min(kSamples, size); ++i) {
+    const uint64_t position = size <= kSamples ? i : mix(i) % size;
     uint64_t element = 0;
-    std::memcpy(&element, data + at * bytes, std::min<uint64_t>(bytes, sizeof(element)));
+    std::memcpy(&element, data + (dense ? position : offset_of(tensor, position)) * bytes,
+                std::min<uint64_t>(bytes, sizeof(element)));
     hash = (hash ^ element) * 0x9fb21c651e98df25u;
     hash ^= hash >> 29;
   }
@@ -163,7 +177,7 @@ int64_t checksum_one(const Tensor& tensor, int64_t samples) {
 std::vector<int64_t> checksum(at::TensorList tensors) {
   std::vector<int64_t> sums;
   sums.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) sums.push_back(checksum_one(tensor, 64));
+  for (const Tensor& tensor : tensors) sums.push_back(checksum_one(tensor));
   return sums;
 }
 
