@@ -68,11 +68,11 @@ def dense_linears(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
     candidates: dict[str, Callable[[], Tensor]] = {"F.linear": lambda: F.linear(x, weight)}
 
     def mkl() -> Callable[[], Tensor]:
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, x.shape[0])
         return lambda: torch.ops.mkl._mkl_linear(x, packed, weight, None, x.shape[0])
 
     def onednn() -> Callable[[], Tensor]:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
         return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
     optional(candidates, "mkl packed", mkl)
@@ -90,7 +90,7 @@ def dense_convs(x: Tensor, weight: Tensor, stride: int, padding: int) -> dict[st
 
     def onednn(image: Tensor) -> Callable[[], Tensor]:
         sizes = [padding] * 2, [stride] * 2, [1, 1]
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight.to_mkldnn(), *sizes, 1, list(image.shape))
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, 1, list(image.shape))
         return lambda: torch.ops.mkldnn._convolution_pointwise(image, packed, None, *sizes, 1, "none", [], "")
 
     optional(candidates, "nchw packed", lambda: onednn(x))

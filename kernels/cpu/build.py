@@ -47,9 +47,9 @@ def _compiler() -> str:
 
 
 def _flags() -> list[str]:
-    """Flags without paths. ``$SPARSEDM_CPU_MARCH`` names another processor than this one, as tests of older ones do."""
+    """Flags without paths. ``$SPARSEDM_CPU_MARCH`` names an older processor than this one, for tests."""
     march = os.environ.get("SPARSEDM_CPU_MARCH", "native")
-    # -O2, not -O3: the same speed, measured, in half the compile time. No -ffast-math: masks depend on the order of sums.
+    # -O2: the speed of -O3, measured, in half the compile time. No -ffast-math: masks depend on the order of sums.
     return [f"-march={march}", "-std=c++20", "-O2", "-fopenmp", "-fPIC", "-w"]
 
 
@@ -125,6 +125,6 @@ def _load_once() -> str | None:
 
 
 def load() -> str | None:
-    """Make ``torch.ops.sparsedm_cpu`` available: None, or why it is not. The first call compiles; a failure warns once."""
+    """Make ``torch.ops.sparsedm_cpu`` available: None, or why not. The first call compiles; a failure warns once."""
     with _lock:
         return _load_once()

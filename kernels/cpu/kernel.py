@@ -23,7 +23,7 @@ class CpuKernel(Kernel):
     version = "1"
 
     def refusal(self, spec: LayerSpec) -> str | None:
-        """See :meth:`Kernel.refusal`. The first call that gets past the spec compiles the C++ (seconds, then cached)."""
+        """See :meth:`Kernel.refusal`. The first spec that could be taken compiles the C++ (seconds, then cached)."""
         if spec.device != "cpu":
             return f"the cpu kernel does not run on {spec.device}"
         if spec.dtype != torch.float32:
