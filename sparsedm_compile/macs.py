@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from sparsedm_compile.pattern import DENSE, Pattern
+from sparsedm_compile.planning import unwrap
 from sparsedm_compile.rendering import RichText
 
 ATTENTION = "attention"
@@ -139,9 +140,7 @@ def count_macs(
         ValueError: the inputs do not fit ``model.forward``; it needs the values of a tensor; or ``plan`` names a layer
             that does not exist or that cannot take its pattern.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"count_macs takes a torch.nn.Module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = unwrap(model)
     patterns = _patterns(model, plan)
     try:
         inspect.signature(model.forward).bind(*inputs, **kwargs)
@@ -192,8 +191,8 @@ def _plain_eager() -> Iterator[None]:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    """A layer that has ``values`` in place of a weight, and remembers the shape that it was packed from."""
-    return hasattr(module, "weight_shape") and hasattr(module, "pattern")
+    """A layer that holds packed values in place of a weight; by attribute, since importing the class loads all kernels."""
+    return hasattr(module, "weight_shape") and hasattr(module, "packed_values")
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -342,11 +341,9 @@ class _Size:
 
 def _add_size(size: _Size, module: nn.Module, pattern: Pattern, seen: set[int]) -> _Size:
     """Add the parameters that belong to ``module`` itself; of a packed layer, those of the layer it was packed from."""
-    tensors = dict(module.named_parameters(recurse=False))
-    if _is_packed(module):
-        size.add(prod(module.weight_shape), module.values.element_size(), pattern)
-        tensors = {name: tensor for name, tensor in tensors.items() if name == "bias"}
-    for name, tensor in tensors.items():
+    if _is_packed(module):  # its values are buffers, in a layout that depends on the kernel
+        size.add(prod(module.weight_shape), module.packed_values.element_size(), pattern)
+    for name, tensor in module.named_parameters(recurse=False):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             size.add(tensor.numel(), tensor.element_size(), pattern if name == "weight" else DENSE)

@@ -461,13 +461,13 @@ class PackedNet(nn.Module):
 
         def __init__(self):
             super().__init__()
-            self.register_buffer("values", torch.zeros(12, 8))
-            self.register_buffer("index", torch.zeros(12, 8, dtype=torch.uint8))
+            self.register_buffer("packed_values", torch.zeros(12, 8))
+            self.register_buffer("packed_index", torch.zeros(12, 8, dtype=torch.uint8))
             self.bias = nn.Parameter(torch.zeros(12))
 
         def forward(self, x):
             return torch.ops.sparsedm.linear(
-                x, self.values, self.index, "reference", self.pattern, self.weight_shape, self.bias
+                x, self.packed_values, self.packed_index, "reference", self.pattern, self.weight_shape, self.bias
             )
 
     class Conv2d(nn.Module):
@@ -475,12 +475,12 @@ class PackedNet(nn.Module):
 
         def __init__(self):
             super().__init__()
-            self.register_buffer("values", torch.zeros(16, 4, 3, 3))
-            self.register_buffer("index", torch.zeros(16, 4, 3, 3, dtype=torch.uint8))
+            self.register_buffer("packed_values", torch.zeros(16, 4, 3, 3))
+            self.register_buffer("packed_index", torch.zeros(16, 4, 3, 3, dtype=torch.uint8))
 
         def forward(self, x):
             constants = ("reference", self.pattern, self.weight_shape, [1, 1], [0, 0], [1, 1], 1)
-            return torch.ops.sparsedm.conv2d(x, self.values, self.index, *constants)
+            return torch.ops.sparsedm.conv2d(x, self.packed_values, self.packed_index, *constants)
 
     def __init__(self):
         super().__init__()
@@ -607,5 +607,5 @@ def test_plans_that_do_not_fit(plan, message):
 def test_arguments_of_the_wrong_type():
     with pytest.raises(TypeError, match="plan must map layer names to patterns, got str"):
         count_macs(SparseNet(), torch.zeros(1, 8, 6, 6), plan="2:4")
-    with pytest.raises(TypeError, match=r"count_macs takes a torch\.nn\.Module, got function"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got function"):
         count_macs(on_meta, torch.zeros(1))
