@@ -191,7 +191,7 @@ def _plain_eager() -> Iterator[None]:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    """A layer that holds packed values in place of a weight; by attribute, since importing the class loads all kernels."""
+    """A layer that holds packed values in place of a weight; told by attribute, as its class pulls in all kernels."""
     return hasattr(module, "weight_shape") and hasattr(module, "packed_values")
 
 
