@@ -4,15 +4,23 @@ import logging
 from collections.abc import Callable
 
 from sparsedm_compile.passes.find_layers import find_layers
+from sparsedm_compile.passes.fuse_epilogues import fuse_epilogues
 from sparsedm_compile.passes.insert_masks import insert_masks
 from sparsedm_compile.passes.lowering import Lowering
+from sparsedm_compile.passes.remove_dropout import remove_dropout
 from sparsedm_compile.passes.swap_kernels import swap_kernels
 
 _log = logging.getLogger(__name__)
 
 #: In this order. Training stops where the masks are in: they must stay differentiable.
-PASSES: tuple[Callable[[Lowering], None], ...] = (find_layers, insert_masks, swap_kernels)
-_INFERENCE_ONLY = {swap_kernels}
+PASSES: tuple[Callable[[Lowering], None], ...] = (
+    find_layers,
+    insert_masks,
+    swap_kernels,
+    remove_dropout,
+    fuse_epilogues,
+)
+_INFERENCE_ONLY = {swap_kernels, remove_dropout, fuse_epilogues}
 
 
 def run_passes(lowering: Lowering) -> None:

@@ -7,9 +7,6 @@ from sparsedm_compile.kernels.reference.kernel import apply_epilogue
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 from sparsedm_compile.masked_weight import mask_out
 
-# Attributes and arguments of oneDNN's fused activations, in torch's spelling.
-_ATTRIBUTES = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
-
 
 class OneDnnKernel(Kernel):
     """Takes every fp32 layer on a CPU, whatever its pattern: zeros are multiplied like any other weight.
@@ -24,6 +21,7 @@ class OneDnnKernel(Kernel):
     name = "onednn"
     version = "1"
     skips_zeros = False
+    fuses = False  # Inductor's own fusion of what follows is as good
 
     def refusal(self, spec: LayerSpec) -> str | None:
         if spec.device != "cpu":
@@ -52,9 +50,8 @@ class OneDnnKernel(Kernel):
         return values.to_dense().reshape(spec.weight_shape)
 
     def linear(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
-        attribute, algorithm = _ATTRIBUTES[epilogue.activation]
-        out = torch.ops.mkldnn._linear_pointwise(x, values, epilogue.bias, attribute, [], algorithm)
-        return out if epilogue.residual is None else out + epilogue.residual
+        out = torch.ops.mkldnn._linear_pointwise(x, values, epilogue.bias, "none", [], "")
+        return apply_epilogue(out, epilogue)
 
     def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         out = torch.ops.mkldnn._convolution_pointwise(

@@ -1,0 +1,86 @@
+"""Pass ``fuse_epilogues``: let the sparse kernel apply the activation and add the residual that follow it.
+
+The kernel does so on registers that it is about to write; left outside, each is one more pass over the output.
+"""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from sparsedm_compile.kernels import get_kernel
+from sparsedm_compile.passes.lowering import LayerNode, Lowering
+
+_ADDS = (operator.add, torch.add)
+
+
+def fuse_epilogues(lowering: Lowering) -> None:
+    """Pull ``gelu``, ``silu`` and then ``+ residual`` into the ``sparsedm`` operator before them.
+
+    Only where the output of the layer has no other use, and no operator in between works in place.
+    """
+    for layer in lowering.layers:
+        if layer.verdict is None or layer.verdict.kernel == "dense" or not get_kernel(layer.verdict.kernel).fuses:
+            continue
+        activation = _only_user(layer.node)
+        name = _activation_name(activation) if activation is not None else None
+        if name is not None:
+            _absorb(lowering, layer, activation, activation=name)
+        add = _only_user(layer.node)
+        residual = _residual(layer.node, add) if add is not None else None
+        if residual is not None:
+            _absorb(lowering, layer, add, residual=residual)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation_name(node: fx.Node) -> str | None:
+    if node.op != "call_function" or len(node.args) > 1:
+        return None
+    if node.target is F.silu:
+        return None if node.kwargs.get("inplace") else "silu"
+    if node.target is F.gelu:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))
+    return None
+
+
+def _residual(layer: fx.Node, add: fx.Node) -> fx.Node | None:
+    """The other term of ``add``, if it is a tensor just like the layer's output."""
+    if add.op != "call_function" or add.target not in _ADDS or add.kwargs or len(add.args) != 2:
+        return None
+    other = add.args[1] if add.args[0] is layer else add.args[0]
+    if not isinstance(other, fx.Node) or other is layer:
+        return None
+    mine, theirs = layer.meta["example_value"], other.meta.get("example_value")
+    if not isinstance(theirs, torch.Tensor) or theirs.dtype != mine.dtype or theirs.device != mine.device:
+        return None
+    # Equal as expressions: a broadcast stays outside.
+    return other if tuple(theirs.shape) == tuple(mine.shape) else None
+
+
+def _absorb(lowering: Lowering, layer: LayerNode, node: fx.Node, **epilogue) -> None:
+    """Move the layer to where ``node`` stands, with ``node`` as its epilogue."""
+    old = layer.node
+    if _mutates_between(old, node):
+        return
+    with lowering.gm.graph.inserting_before(node):
+        fused = lowering.gm.graph.call_function(old.target, old.args, {**old.kwargs, **epilogue})
+    fused.meta = dict(node.meta)
+    node.replace_all_uses_with(fused)
+    lowering.gm.graph.erase_node(node)
+    lowering.gm.graph.erase_node(old)
+    layer.node = fused
+
+
+def _mutates_between(first: fx.Node, last: fx.Node) -> bool:
+    node = first.next
+    while node is not last:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name in ("iadd", "isub", "imul", "itruediv", "setitem") or node.kwargs.get("inplace"):
+            return True
+        node = node.next
+    return False
