@@ -1,0 +1,186 @@
+"""Fine-tuning a sparsified diffusion model with its dense original as teacher: the method of SparseDM."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsedm_compile.ema import EMA
+from sparsedm_compile.layers import sparse_layers
+from sparsedm_compile.noise import VPSDE
+from sparsedm_compile.planning import unwrap
+from sparsedm_compile.srste import SRSTE
+from sparsedm_compile.training import TrainingRecord, train
+
+
+def distillation_loss(
+    prediction: Tensor,
+    noise: Tensor,
+    teacher_prediction: Tensor | None,
+    *,
+    denoising_weight: float = 1.0,
+    distillation_weight: float = 0.1,
+) -> Tensor:
+    """``denoising_weight * MSE(noise, prediction) + distillation_weight * MSE(teacher_prediction, prediction)``.
+
+    A weight of 0 gives SparseDM's two ablations: denoising only, and teacher only.
+
+    Args:
+        prediction: the student's noise, any shape.
+        noise: what was added to the data; the shape of ``prediction``.
+        teacher_prediction: the teacher's noise for the same ``x_t``; gets no gradient. May be None at
+            ``distillation_weight=0``.
+
+    Returns:
+        A float32 scalar; half-precision predictions are compared in float32.
+
+    Raises:
+        ValueError: shapes that differ (they would broadcast silently), a teacher that is missing, weights that are
+            negative or both 0.
+
+    Source: SparseDM, arXiv 2404.10445, and its official code (weights 1 and 0.1).
+    """
+    _check_weights(denoising_weight, distillation_weight, teacher_prediction)
+    loss = prediction.new_zeros((), dtype=torch.float32)
+    for name, weight, target in (
+        ("noise", denoising_weight, noise),
+        ("teacher_prediction", distillation_weight, teacher_prediction),
+    ):
+        if weight == 0:
+            continue
+        if target.shape != prediction.shape:
+            raise ValueError(f"{name} has shape {tuple(target.shape)}, prediction {tuple(prediction.shape)}")
+        loss = loss + weight * F.mse_loss(prediction.float(), target.detach().float())
+    return loss
+
+
+def _check_weights(denoising_weight: float, distillation_weight: float, teacher: object | None) -> None:
+    if not (denoising_weight >= 0 and distillation_weight >= 0 and denoising_weight + distillation_weight > 0):
+        raise ValueError(
+            "denoising_weight and distillation_weight must be 0 or more, and not both 0; "
+            f"got {denoising_weight} and {distillation_weight}"
+        )
+    if teacher is None and distillation_weight > 0:
+        raise ValueError("the distillation term needs a teacher: pass one, or distillation_weight=0")
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batches: Iterable[Tensor | Sequence[Tensor]],
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    process: VPSDE | None = None,
+    denoising_weight: float = 1.0,
+    distillation_weight: float = 0.1,
+    srste_decay: float = 2e-4,
+    learning_rate: float = 2e-4,
+    weight_decay: float = 0.03,
+    warmup_steps: int = 100,
+    max_grad_norm: float = 1.0,
+    ema_decay: float = 0.9999,
+    ema_warmup: bool = True,
+    compile: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> TrainingRecord:
+    """Fine-tune a sparsified model in place, with its dense original as teacher.
+
+    Student and average start from the dense weights that the model holds. Each step draws times and noise, lets
+    student and teacher predict the noise from the same ``x_t``, and takes the :func:`distillation_loss`; gradients pass
+    straight through the masks, with the decay of :class:`SRSTE`. At the end the model holds the averaged dense weights,
+    which its layers mask. Each part can be used alone in another loop.
+
+        teacher = copy.deepcopy(model)
+        sdm.sparsify(model, "2:4")
+        sdm.finetune(model, teacher, loader, steps=10_000)
+
+    Args:
+        model: a sparsified noise predictor, called as ``model(x_t, process.time_scale * t, *condition)``.
+        teacher: the dense model, called alike; not changed. May be None at ``distillation_weight=0``.
+        batches: of clean data ``(B, ...)``, or of ``(data, *condition)``; moved to the device of ``model``, and gone
+            through again and again.
+        steps, seconds, warmup_steps, max_grad_norm, progress: see :func:`train`.
+        process: the noise process that the model was trained on; the default is that of U-ViT's pixel models.
+        denoising_weight, distillation_weight: of the two terms of the loss.
+        srste_decay: see :class:`SRSTE`; 0 is the plain straight-through estimator.
+        learning_rate, weight_decay: of AdamW.
+        ema_decay, ema_warmup: see :class:`EMA`.
+        compile: train through ``torch.compile(model, backend="sparsedm")``; pays from some hundred steps on.
+        seed: of times and noise; the order of the data is the caller's.
+
+    Returns:
+        Steps, seconds and the loss of each step.
+
+    Raises:
+        ValueError: the model is not sparse; the teacher is missing or shares weights with the model; a number out of
+            range; no data.
+        TypeError: not a module.
+        FloatingPointError: the loss is not finite; the model keeps the averaged weights of the steps before.
+
+    Source: SparseDM, arXiv 2404.10445; the defaults are those of its official code, but for the two warm-ups.
+    """
+    layers = sparse_layers(unwrap(model))
+    if not layers:
+        raise ValueError("model has no sparse layers: call sparsify(model, pattern) first")
+    _check_weights(denoising_weight, distillation_weight, teacher)
+    if teacher is not None and distillation_weight > 0:
+        _check_teacher(model, teacher)
+    process = process or VPSDE()
+    device = next(iter(layers.values())).weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    student = torch.compile(model, backend="sparsedm") if compile else model
+
+    def loss(batch: Tensor | Sequence[Tensor]) -> Tensor:
+        clean, *condition = (t.to(device) for t in ((batch,) if isinstance(batch, Tensor) else batch))
+        t = process.sample_times(clean.shape[0], device=device, generator=generator)
+        noise = torch.randn(clean.shape, dtype=clean.dtype, device=device, generator=generator)
+        x_t = process.perturb(clean, t, noise)
+        target = None
+        if distillation_weight > 0:
+            with torch.no_grad():
+                target = process.predict_noise(teacher, x_t, t, *condition)
+        prediction = process.predict_noise(student, x_t, t, *condition)
+        return distillation_loss(
+            prediction, noise, target, denoising_weight=denoising_weight, distillation_weight=distillation_weight
+        )
+
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=weight_decay
+    )
+    srste = SRSTE(optimizer, model, srste_decay)
+    teacher_mode = teacher is not None and teacher.training
+    try:
+        if teacher is not None:
+            teacher.eval()
+        return train(
+            model,
+            optimizer,
+            loss,
+            batches,
+            ema=EMA(model, ema_decay, warmup=ema_warmup),
+            steps=steps,
+            seconds=seconds,
+            warmup_steps=warmup_steps,
+            max_grad_norm=max_grad_norm,
+            progress=progress,
+            description="fine-tune",
+        )
+    finally:
+        srste.remove()
+        if teacher is not None:
+            teacher.train(teacher_mode)
+
+
+def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
+    students = {id(parameter) for parameter in model.parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in students]
+    if shared:
+        raise ValueError(
+            f"teacher shares weights with the model ({shared[0]!r}, {len(shared)} in all) and would be trained with it; "
+            "make it by copy.deepcopy(model) before sparsify"
+        )

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from torch import nn
+
+from sparsedm_compile.noise import VPSDE
+
+
+@given(t=st.floats(1e-4, 1.0))
+def test_alpha_is_the_integral_of_beta(t):
+    process = VPSDE()
+    integral, _ = quad(lambda s: 0.1 + s * 19.9, 0, t)
+    alpha = process.alpha(torch.tensor(t, dtype=torch.float64)).item()
+    sigma = process.sigma(torch.tensor(t, dtype=torch.float64)).item()
+    assert alpha == pytest.approx(math.exp(-integral / 2), rel=1e-9)
+    assert alpha**2 + sigma**2 == pytest.approx(1, rel=1e-12)
+
+
+def test_sigma_keeps_its_digits_near_zero():
+    """``sqrt(1 - alpha^2)`` in float32 is off by percents here."""
+    exact = VPSDE().sigma(torch.tensor(1e-5, dtype=torch.float64)).item()
+    assert VPSDE().sigma(torch.tensor(1e-5)).item() == pytest.approx(exact, rel=1e-5)
+
+
+@given(t=st.floats(1e-4, 1.0))
+def test_time_at_inverts_the_log_ratio(t):
+    process = VPSDE()
+    t = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = process.alpha(t).item(), process.sigma(t).item()
+    assert process.log_ratio(t).item() == pytest.approx(math.log(alpha / sigma), abs=1e-9)
+    assert process.time_at(process.log_ratio(t)).item() == pytest.approx(t.item(), rel=1e-6)
+
+
+def test_perturb_has_the_marginal_of_the_forward_sde():
+    """Against a simulation of dx = -beta/2 x dt + sqrt(beta) dw."""
+    process, end, n = VPSDE(), 0.3, 2000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((4000,), 1.5, dtype=torch.float64)
+    for i in range(n):
+        beta = 0.1 + 19.9 * end * i / n
+        dt = end / n
+        x = x - 0.5 * beta * x * dt + math.sqrt(beta * dt) * torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    start, t = torch.full((4000, 1), 1.5), torch.full((4000,), end)
+    perturbed = process.perturb(start, t, torch.randn(4000, 1, generator=generator))
+    assert perturbed.mean().item() == pytest.approx(x.mean().item(), abs=0.05)
+    assert perturbed.std().item() == pytest.approx(x.std().item(), rel=0.05)
+
+
+def test_perturb_takes_each_element_to_its_own_time():
+    process = VPSDE()
+    clean, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.1, 0.5, 1.0])
+    together = process.perturb(clean, t, noise)
+    for i in range(3):
+        expected = process.alpha(t[i]) * clean[i] + process.sigma(t[i]) * noise[i]
+        torch.testing.assert_close(together[i], expected)
+    assert process.perturb(clean.bfloat16(), t, noise.bfloat16()).dtype == torch.bfloat16
+
+
+def test_times_are_in_the_half_open_interval_and_uniform():
+    t = VPSDE().sample_times(10_000, generator=torch.Generator().manual_seed(0))
+    assert t.min() > 0
+    assert t.max() <= 1
+    assert t.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_model_is_called_with_scaled_times_and_the_condition():
+    class Probe(nn.Module):
+        def forward(self, x, timesteps, y):
+            return timesteps, y
+
+    times, y = VPSDE().predict_noise(Probe(), torch.zeros(2, 1), torch.tensor([0.5, 1.0]), torch.tensor([3, 4]))
+    assert times.tolist() == [499.5, 999.0]
+    assert y.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("arguments", [{"beta_min": 0.0}, {"beta_min": 2.0, "beta_max": 1.0}, {"beta_max": math.inf}])
+def test_bad_rates(arguments):
+    with pytest.raises(ValueError, match="beta_min <= beta_max"):
+        VPSDE(**arguments)
+
+
+def test_bad_time_scale():
+    with pytest.raises(ValueError, match="time_scale must be positive, got 0"):
+        VPSDE(time_scale=0)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    process = VPSDE()
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 4\), the data \(2, 4\)"):
+        process.perturb(torch.zeros(2, 4), torch.zeros(2), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"one time an element: \(2,\)"):
+        process.perturb(torch.zeros(2, 4), torch.zeros(1), torch.zeros(2, 4))
