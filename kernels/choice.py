@@ -59,7 +59,9 @@ def choose(spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unu
     sparse = [name for name in able if get_kernel(name).skips_zeros]
     if not able:
         return Verdict(_NATIVE, _explain_refusals(refusals))
-    shape = tuple(_bucket(size) for size in _hints(x.shape[:1])) + _hints(x.shape[1:])
+    shape = _measured_shape(x)
+    if shape is None:
+        return Verdict(_NATIVE, "a size of its input is unknown until it runs, so no kernel can be measured on it")
     nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     threads = torch.get_num_threads()
     versions = {name: get_kernel(name).version for name in able}
@@ -119,8 +121,12 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> 
     return F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
 
 
-def _hints(sizes) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in sizes)
+def _measured_shape(x: Tensor) -> tuple[int, ...] | None:
+    """The shape to measure at; None where a size has no hint (unbacked symbols)."""
+    if not all(isinstance(size, int) or size.node.has_hint() for size in x.shape):
+        return None
+    first, *rest = (size if isinstance(size, int) else int(size.node.hint) for size in x.shape)
+    return (_bucket(first), *rest) if rest else (first,)  # (in,) alone has no batch to round up
 
 
 def _bucket(size: int) -> int:

@@ -28,7 +28,7 @@ def find_layers(lowering: Lowering) -> None:
     """Fill ``lowering.layers``. Changes no node."""
     autocast_inside = any(node.target in _AUTOCAST for node in lowering.gm.graph.nodes)
     for node in lowering.gm.graph.nodes:
-        if node.op == "call_function" and node.target in _PACKED:
+        if node.op == "call_function" and node.target in _PACKED and _is_packed_layer(node):
             lowering.layers.append(_packed_layer(node))
         if node.op != "call_function" or node.target not in _OPS:
             continue
@@ -47,7 +47,14 @@ def find_layers(lowering: Lowering) -> None:
             unusual = "under autocast the layer computes in another dtype than its weight's"
         elif layer_input(node).dtype != value.dtype:
             unusual = f"input is {layer_input(node).dtype}, weight is {value.dtype}"
+        elif op == "conv2d" and layer_input(node).dim() != 4:
+            unusual = "the input is one image without a batch dimension"
         lowering.layers.append(LayerNode(_layer_name(placeholder), node, placeholder, mask, spec, unusual))
+
+
+def _is_packed_layer(node: fx.Node) -> bool:
+    """Whether it is the call of a packed layer's forward; users may call the operator in their own ways."""
+    return not node.kwargs and len(node.args) >= 6 and node.args[1].op == "placeholder"
 
 
 def _packed_layer(node: fx.Node) -> LayerNode:

@@ -28,7 +28,7 @@ def group_scores(weight: Tensor, pattern: Pattern) -> Tensor:
     return score
 
 
-def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+def magnitude_mask(weight: Tensor, pattern: "str | Pattern") -> Tensor:
     """Keep, of every ``m`` consecutive inputs, the ``n`` of largest magnitude; among equals the lower index wins.
 
     A weight is kept when fewer than n weights of its group beat it. That is elementwise compares and a sum over m, with
@@ -38,14 +38,15 @@ def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
 
     Args:
         weight: ``(out, in)`` or ``(C_out, C_in / groups, kh, kw)``, any floating dtype.
-        pattern: a pattern that the shape can take.
+        pattern: one that the shape can take.
 
     Returns:
         bool, the shape of ``weight``.
 
     Raises:
-        ValueError: the shape cannot take the pattern.
+        ValueError: an unknown pattern, or the shape cannot take it.
     """
+    pattern = Pattern.parse(pattern)
     if pattern.is_dense:
         return torch.ones_like(weight, dtype=torch.bool)
     refusal = pattern.refusal(tuple(weight.shape))

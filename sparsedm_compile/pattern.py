@@ -85,6 +85,8 @@ class Pattern:
         """
         if self.is_dense:
             return None
+        if len(weight_shape) < 2:
+            return f"a weight of {len(weight_shape)} dimension(s) has no input features to group"
         out_features, in_features = weight_shape[0], weight_shape[1]
         if in_features % self.m:
             # The official code groups numel / m weights and so lets a group cross output rows here.
