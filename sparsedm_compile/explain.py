@@ -8,9 +8,10 @@ from rich.table import Table
 from torch import nn
 
 from sparsedm_compile.backend import CompiledGraph, record_calls
+from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.packed_layers import packed_layers
 from sparsedm_compile.plan import LayerInfo
-from sparsedm_compile.planning import survey, unwrap
+from sparsedm_compile.planning import named_modules, survey, unwrap
 from sparsedm_compile.rendering import RichText, milliseconds, summary_line
 
 _NOT_RUN = "not run"
@@ -66,7 +67,9 @@ class Explanation(RichText):
         }
 
     def __rich__(self) -> Table:
-        sparse = [layer for layer in self.layers if layer.kernel not in ("dense", "onednn", _NOT_RUN)]
+        sparse = [
+            layer for layer in self.layers if layer.kernel in kernel_names() and get_kernel(layer.kernel).skips_zeros
+        ]
         caption = summary_line(len(sparse), len(self.layers), "layers ran a sparse kernel")
         table = Table(title="explain", caption=f"{caption}; {self.graphs} graph(s), {self.mode}")
         for column in ("layer", "kind", "shape", "pattern", "kernel"):
@@ -124,7 +127,7 @@ def _explanation(model: nn.Module, calls: list[tuple[CompiledGraph, tuple]]) -> 
             seen.setdefault(id(args[position]), (graph, layer))
     plan_reasons = {layer.name: layer.reason for layer in getattr(model, "_sparsedm_plan", ())}
     infos, obstacles = survey(model)
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     packed = packed_layers(model)
     infos += [LayerInfo(name, layer.kind, layer.weight_shape) for name, layer in packed.items()]
     order = {name: i for i, name in enumerate(modules)}

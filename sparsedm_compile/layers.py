@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sparsedm_compile.derived import Request, derived_weights
 from sparsedm_compile.masked_weight import mask_out, masked_weight
 from sparsedm_compile.pattern import Pattern
+from sparsedm_compile.planning import named_modules
 
 
 def effective_weight(weight: Tensor, pattern: str) -> Tensor:
@@ -18,16 +19,32 @@ def effective_weight(weight: Tensor, pattern: str) -> Tensor:
     if pattern == "dense":
         return weight
     recomputed = torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
-    if recomputed or type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":
+    if recomputed or not _is_plain(weight):
         return masked_weight(weight, pattern)
     ((masked,),) = derived_weights.get([Request(weight, ("masked", pattern), lambda w: (mask_out(w, pattern),))])
     return masked
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether the tensor has memory of its own to look at: no subclass, no functorch wrapper, not on meta."""
+    if type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
 
 class _Sparse:
     """The pattern of a layer, as its spelling: Dynamo guards strings by value (see masked_weight.py)."""
 
     pattern: str = "dense"
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        if f"{prefix}weight_values" in state_dict:
+            errors.append(
+                f"{prefix}weight_values is a packed weight, but this layer is not packed: load the checkpoint into a "
+                "model that pack(model) made of the same plan"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern!r}"
@@ -54,7 +71,7 @@ SPARSE_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SparseLinear,
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
     """Name -> layer, for every layer of ``model`` that carries a pattern, in registration order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Sparse)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, _Sparse)}
 
 
 def layer_pattern(layer: nn.Module) -> Pattern:

@@ -66,6 +66,13 @@ def parse_options(options: Mapping[str, Any] | None = None, mode: str | None = N
 
     if own.get("pattern") is not None:
         own["pattern"] = Pattern.parse(own["pattern"])
+    else:
+        idle = next((name for name in ("policy", "rules") if own.get(name) is not None), None)
+        if idle is not None:
+            raise ValueError(
+                f"option {idle!r} needs 'pattern', the pattern to mask a plain dense model with; a sparsified model "
+                "takes its policy and rules in sparsify(...)"
+            )
     check_policy(own.get("policy", "default"))
     kernel = own.get("kernel", "auto")
     if kernel not in ("auto", "dense", *kernel_names()):

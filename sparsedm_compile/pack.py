@@ -14,6 +14,7 @@ from sparsedm_compile.layers import SparseConv2d, SparseLinear, sparse_layers
 from sparsedm_compile.packed_layers import PackedConv2d, PackedLinear, packed_layers
 from sparsedm_compile.planning import unwrap
 from sparsedm_compile.rendering import RichText
+from sparsedm_compile.sparsify import check_weight
 
 _PACKED_TYPES = {SparseLinear: PackedLinear, SparseConv2d: PackedConv2d}
 _DENSE_TYPES = {SparseLinear: nn.Linear, SparseConv2d: nn.Conv2d}
@@ -80,8 +81,8 @@ def pack(model: nn.Module, *inputs: Any, **kwargs: Any) -> PackReport:
         Per layer, kernel and bytes.
 
     Raises:
-        ValueError: the model is not sparse, is packed already, or lies on meta.
-        TypeError: not a module.
+        ValueError: the model is not sparse, is packed already, or lies on meta; weights that are not finite.
+        TypeError: not a module; weights that are not float32, bfloat16 or float16.
         In every case the model is left as it was.
     """
     model = unwrap(model)
@@ -90,8 +91,7 @@ def pack(model: nn.Module, *inputs: Any, **kwargs: Any) -> PackReport:
         packed = "packed already" if packed_layers(model) else "not sparse: call sparsify(model, pattern) first"
         raise ValueError(f"{type(model).__name__} is {packed}")
     for name, layer in layers.items():
-        if layer.weight.device.type == "meta":
-            raise ValueError(f"layer {name!r} is on meta: load the weights before packing them")
+        check_weight(name, layer.weight)  # all of them first: the loop below must not fail half way
     measured = explain(model, *inputs, **kwargs) if inputs or kwargs else None
     chosen = {}
     for name, layer in layers.items():
@@ -130,5 +130,5 @@ def _kernel(layer: SparseLinear | SparseConv2d) -> str:
     spec = probe._spec(layer.weight.dtype, layer.weight.device)
     if min(spec.weight_shape[:2]) < _NARROW:
         return "dense"
-    able = (name for name in kernel_names() if get_kernel(name).skips_zeros and name != "reference")
+    able = (name for name in kernel_names() if get_kernel(name).skips_zeros)
     return next((name for name in able if get_kernel(name).refusal(spec) is None), "dense")

@@ -10,6 +10,7 @@ from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
 from sparsedm_compile.kernels.registry import LayerSpec
 from sparsedm_compile.masked_weight import mask_out
 from sparsedm_compile.pattern import Pattern
+from sparsedm_compile.planning import named_modules
 
 _PORTABLE = ReferenceKernel()
 _DENSE = "dense"  # the masked weight as it is, for torch's own operator
@@ -55,6 +56,10 @@ class _Packed(nn.Module):
         self.register_buffer("packed_values", values, persistent=False)
         self.register_buffer("packed_index", index, persistent=False)
 
+    def _adopt_if_able(self, weight: Tensor, kernel: str) -> None:
+        able = kernel in kernel_names() and get_kernel(kernel).refusal(self._spec(weight.dtype, weight.device)) is None
+        self.adopt(weight, kernel if able else _DENSE)
+
     def unpack(self) -> Tensor:
         """The masked dense weight, as it was packed."""
         if self.kernel == _DENSE:
@@ -83,9 +88,19 @@ class _Packed(nn.Module):
         weight, kernel = fn(self.unpack()), self.kernel
         del self.packed_values, self.packed_index
         super()._apply(fn, recurse)
-        able = kernel in kernel_names() and get_kernel(kernel).refusal(self._spec(weight.dtype, weight.device)) is None
-        self.adopt(weight, kernel if able else _DENSE)
+        self._adopt_if_able(weight, kernel)
         return self
+
+    def __getstate__(self) -> dict:
+        # A layout belongs to one machine as well: a pickle carries the portable form.
+        buffers = {k: v for k, v in self._buffers.items() if k not in ("packed_values", "packed_index")}
+        return {**self.__dict__, "_buffers": buffers, "_portable": _PORTABLE.pack(self.unpack(), self.spec())}
+
+    def __setstate__(self, state: dict) -> None:
+        values, index = state.pop("_portable")
+        super().__setstate__(state)
+        spec = self._spec(values.dtype, values.device)
+        self._adopt_if_able(_PORTABLE.unpack(values, index, spec), self.kernel)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -179,4 +194,4 @@ class PackedConv2d(_Packed):
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
     """Name -> layer, for every packed layer of ``model``."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, _Packed)}

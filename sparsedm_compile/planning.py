@@ -1,6 +1,6 @@
 """Making a plan: policy, rules and shapes decide the pattern of every layer, before anything is touched."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -24,6 +24,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     return getattr(model, "_orig_mod", model)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` by the names from before ``torch.compile`` wrapped any submodule."""
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 
 
 def decide(
@@ -92,7 +98,7 @@ def survey(model: nn.Module) -> tuple[list[LayerInfo], dict[str, str]]:
         All linear and convolution layers in registration order; name -> obstacle.
     """
     layers, obstacles = [], {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, nn.Linear | _ConvNd):
             kind = next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), type(module).__name__)
             shape, groups = tuple(module.weight.shape), getattr(module, "groups", 1)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from sparsedm_compile.layers import SPARSE_TYPES, layer_pattern, sparse_layers
+from sparsedm_compile.packed_layers import packed_layers
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.plan import Plan
-from sparsedm_compile.planning import Rules, decide, make_plan, survey, unwrap
+from sparsedm_compile.planning import Rules, decide, make_plan, named_modules, survey, unwrap
 from sparsedm_compile.policy import LayerPolicy
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,15 +48,18 @@ def sparsify(
     Source: SparseDM, arXiv 2404.10445, section 3.
     """
     model = unwrap(model)
+    if packed_layers(model):
+        raise ValueError("model is packed: its dense weights are gone; sparsify the model that it was made of")
     if sparse_layers(model):
         raise ValueError("model is sparse already: use set_pattern(model, pattern, rules=...) to change its patterns")
     plan = make_plan(model, pattern, policy, rules)
     if not plan.patterns() and not Pattern.parse(pattern).is_dense:
         reasons = sorted({layer.reason for layer in plan})
         raise ValueError(f"no layer of {type(model).__name__} takes {pattern}: {'; '.join(reasons)}")
-    modules = dict(model.named_modules())
-    for name in plan.patterns():
-        _check_weight(name, modules[name].weight)
+    modules = dict(named_modules(model))
+    for layer in plan:
+        if layer.switchable:  # dense for now, perhaps: set_pattern may mask it later
+            check_weight(layer.name, modules[layer.name].weight)
     _check_shared(model, plan)
 
     # Nothing below can fail, so the model changes wholly or not at all. Every layer that the policy selects becomes a
@@ -69,7 +73,8 @@ def sparsify(
     return plan
 
 
-def _check_weight(name: str, weight: torch.Tensor) -> None:
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight on meta, of another dtype than N:M layers take, or that is not finite."""
     if weight.device.type == "meta":
         raise ValueError(
             f"layer {name!r} is on meta and has no weights to mask: load the weights first, or use make_plan and "
@@ -83,7 +88,7 @@ def _check_weight(name: str, weight: torch.Tensor) -> None:
 
 def _check_shared(model: nn.Module, plan: Plan) -> None:
     first: dict[int, str] = {}
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     for layer in plan:
         weight = getattr(modules[layer.name], "weight", None)
         if weight is None:
@@ -102,7 +107,13 @@ def get_plan(model: nn.Module) -> Plan:
     Raises:
         ValueError: the model was never sparsified.
     """
-    plan = getattr(unwrap(model), "_sparsedm_plan", None)
+    model = unwrap(model)
+    plan = getattr(model, "_sparsedm_plan", None)
+    if plan is None and sparse_layers(model):
+        parts = [name for name, module in named_modules(model) if hasattr(module, "_sparsedm_plan")]
+        raise ValueError(
+            f"parts of the model were made sparse on their own ({', '.join(parts)}); address those modules"
+        )
     if plan is None:
         raise ValueError("model is not sparse: call sparsify(model, pattern) first")
     return plan
@@ -134,14 +145,13 @@ def set_pattern(model: nn.Module, pattern: "str | Pattern", *, rules: Rules | No
     old_reasons = {layer.name: layer.reason for layer in previous}
 
     def selected(layer) -> bool | str:
-        return layer.name in chosen or old_reasons[layer.name]
+        return layer.name in chosen or old_reasons.get(layer.name, "added after sparsify")
 
     plan = decide(layers, pattern, selected, rules, obstacles)
     for layer in plan:
         if not layer.pattern.is_dense and layer.name not in chosen:
-            raise ValueError(
-                f"layer {layer.name!r} was left dense by sparsify ({old_reasons[layer.name]}); it stays so"
-            )
+            why = old_reasons.get(layer.name, "it was added later")
+            raise ValueError(f"layer {layer.name!r} was left dense by sparsify ({why}); it stays so")
     _check_shared(model, plan)
     for name, module in chosen.items():
         module.pattern = str(plan[name].pattern)

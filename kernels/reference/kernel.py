@@ -33,6 +33,7 @@ class ReferenceKernel(Kernel):
 
     name = "reference"
     version = "1"
+    skips_zeros = False
 
     def refusal(self, spec: LayerSpec) -> str | None:
         if spec.pattern.is_dense:
