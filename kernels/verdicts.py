@@ -26,6 +26,7 @@ class Verdict:
         reason: in words.
         sparse_seconds, dense_seconds: medians of one call of the fastest of each kind, where measured.
         ratio: median of dense over sparse, timed in turn; above one, sparse is faster.
+        settled: whether the machine was quiet enough for the verdict to be remembered on disk.
     """
 
     kernel: str
@@ -33,6 +34,7 @@ class Verdict:
     sparse_seconds: float | None = None
     dense_seconds: float | None = None
     ratio: float | None = None
+    settled: bool = True
 
 
 class VerdictStore:
@@ -62,15 +64,17 @@ class VerdictStore:
         return self._verdicts.get(key)
 
     def put(self, key: str, verdict: Verdict) -> None:
-        """Remember a verdict, keeping what other processes wrote meanwhile."""
+        """Remember a verdict, a settled one also on disk, keeping what other processes wrote meanwhile."""
         self._loaded_from = None
         self._load()
         self._verdicts[key] = verdict
+        if not verdict.settled:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
             with os.fdopen(handle, "w") as file:
-                json.dump({k: asdict(v) for k, v in self._verdicts.items()}, file, indent=1)
+                json.dump({k: asdict(v) for k, v in self._verdicts.items() if v.settled}, file, indent=1)
             Path(temporary).replace(self.path)
         except OSError as error:
             _log.warning("kernel choices are not remembered: %s", error)
