@@ -23,8 +23,8 @@ _BUDGET = 0.25
 # A kernel must beat plain dense by this much: a tie is not worth a second copy of the weight.
 _MARGIN = 1.02
 # Rounds whose median lies so far above their minimum were disturbed by other work. On two shared cores most rounds then
-# last a whole scheduler tick (8 ms) whatever the kernel, and medians compare nothing: minima are compared instead, and the
-# verdict is not remembered beyond the process.
+# last a whole scheduler tick (8 ms) whatever the kernel, and medians compare nothing: minima are compared instead, and
+# the verdict is not remembered beyond the process.
 _BUSY = 1.5
 _NATIVE = "dense"
 _REFERENCE = "reference"  # never a candidate: it unpacks at every call
