@@ -1,0 +1,1 @@
+"""NVIDIA's library for 2:4 weights, reached through torch."""
