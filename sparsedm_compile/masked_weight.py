@@ -16,7 +16,13 @@ def mask_out(weight: Tensor, pattern: str) -> Tensor:
 
     Filled, not multiplied: zero times an infinite weight would be NaN.
     """
-    return weight.masked_fill(~magnitude_mask(weight, Pattern.parse(pattern)), 0)
+    masked = weight.masked_fill(~magnitude_mask(weight, Pattern.parse(pattern)), 0)
+    if masked.stride() == weight.stride():
+        return masked
+    # masked_fill answers contiguous, and a channels_last weight should stay so. As a permutation, because Inductor
+    # accepts no in-place copy in a decomposition.
+    order = sorted(range(weight.dim()), key=lambda dim: -weight.stride(dim))
+    return masked.permute(order).contiguous().permute([order.index(dim) for dim in range(weight.dim())])
 
 
 torch.library.impl("sparsedm::masked_weight", "CompositeExplicitAutograd", mask_out)
