@@ -1,0 +1,53 @@
+# Each target sets up what it needs in .venv; when that is done already, it costs nothing.
+#   make demo     a pretrained model made 2:4 sparse, fine-tuned, compiled, sampled and timed; some minutes
+#   make test     lint and tests
+#   make bench    kernels and whole models against dense; writes bench/results/
+#   make lint     ruff alone
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Tools run as modules, since those that a user's Python already has leave no script in .venv; -P keeps kernels/ and
+# passes/, which install below sparsedm_compile, from being importable by their folder names.
+RUN := $(BIN)/python -P -m
+INSTALLED := .venv/.installed
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/sparsedm demo
+
+test: lint
+	$(RUN) pytest
+
+lint: $(INSTALLED)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+bench: $(INSTALLED)
+	$(BIN)/python bench/kernels_cpu.py --seconds 0.5 --json bench/results/kernels_cpu.json
+	$(BIN)/python bench/end_to_end.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# The user's own torch is kept where it has CUDA: a .pth file shows it to .venv, also out of another virtual environment.
+# Elsewhere the CPU build comes first, so that nothing that needs torch can bring another one; pip looks at the PyTorch
+# project's index only if its configured ones have no CPU build.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    echo "keeping the CUDA build of torch that $(PYTHON) has"; \
+	    $(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' > .venv/constraints.txt && \
+	    $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	        > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-user.pth"; \
+	else \
+	    cp constraints.txt .venv/constraints.txt && \
+	    { $(BIN)/pip install -q -c .venv/constraints.txt torch || \
+	      $(BIN)/pip install -q -c .venv/constraints.txt --extra-index-url $(TORCH_CPU_INDEX) torch; }; \
+	fi
+	$(BIN)/pip install -q -c .venv/constraints.txt -e '.[test]'
+	@touch $@
