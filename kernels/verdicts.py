@@ -5,6 +5,8 @@ import logging
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -13,6 +15,11 @@ from pathlib import Path
 import torch
 
 from sparsedm_compile.cache import cache_directory
+
+try:
+    import fcntl
+except ImportError:  # Windows; there two writers at once may lose an entry, which costs a measurement
+    fcntl = None
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +54,7 @@ class VerdictStore:
     def __init__(self) -> None:
         self._verdicts: dict[str, Verdict] = {}
         self._loaded_from: Path | None = None
+        self._warned = False
 
     @cached_property
     def _machine(self) -> str:
@@ -65,19 +73,35 @@ class VerdictStore:
 
     def put(self, key: str, verdict: Verdict) -> None:
         """Remember a verdict, a settled one also on disk, keeping what other processes wrote meanwhile."""
-        self._loaded_from = None
-        self._load()
-        self._verdicts[key] = verdict
         if not verdict.settled:
+            self._verdicts[key] = verdict
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
-            with os.fdopen(handle, "w") as file:
-                json.dump({k: asdict(v) for k, v in self._verdicts.items() if v.settled}, file, indent=1)
-            Path(temporary).replace(self.path)
+            with self._locked():
+                self._loaded_from = None
+                self._load()
+                self._verdicts[key] = verdict
+                self._write()
         except OSError as error:
-            _log.warning("kernel choices are not remembered: %s", error)
+            self._verdicts[key] = verdict
+            if not self._warned:
+                _log.warning("kernel choices are not remembered: %s", error)
+            self._warned = True
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Other processes wait, so that none overwrites what another has just added."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+            yield
+
+    def _write(self) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
+        with os.fdopen(handle, "w") as file:
+            json.dump({k: asdict(v) for k, v in self._verdicts.items() if v.settled}, file, indent=1)
+        Path(temporary).replace(self.path)
 
     def _load(self) -> None:
         path = self.path

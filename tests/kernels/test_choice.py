@@ -1,0 +1,169 @@
+"""The measured choice: never slower than dense, never silent, never an error for a layer's sake."""
+
+import logging
+
+import pytest
+import torch
+
+from sparsedm_compile.kernels import LayerSpec, choice, get_kernel, kernel_names
+from sparsedm_compile.kernels.choice import choose
+from sparsedm_compile.kernels.verdicts import VerdictStore
+from sparsedm_compile.pattern import DENSE, Pattern
+
+SPEC = LayerSpec("linear", (64, 64), Pattern(2, 4))
+X = torch.empty(8, 64, device="meta")  # the values are never read
+
+
+@pytest.fixture
+def fresh_store(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEDM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choice, "_store", VerdictStore())
+
+
+@pytest.fixture
+def clock(monkeypatch, fresh_store):
+    """Replaces the stopwatch: seconds a kernel takes, by name; the candidates still run once each."""
+    seconds, measured = {}, []
+
+    def paired_times(candidates, **_):
+        measured.append(sorted(candidates))
+        for run in candidates.values():
+            run()
+        return {name: [seconds.get(name, 1.0)] * 3 for name in candidates}
+
+    monkeypatch.setattr(choice, "paired_times", paired_times)
+    seconds_and_log = (seconds, measured)
+    return seconds_and_log
+
+
+def needs(kernel: str, spec: LayerSpec = SPEC) -> None:
+    refusal = get_kernel(kernel).refusal(spec)
+    if refusal is not None:
+        pytest.skip(f"{kernel}: {refusal}")
+
+
+@pytest.mark.parametrize(
+    ("times", "winner"),
+    [
+        ({"dense": 2.0, "onednn": 1.5, "cpu": 1.0}, "cpu"),
+        ({"dense": 1.0, "onednn": 1.5, "cpu": 2.0}, "dense"),
+        ({"dense": 2.0, "onednn": 1.0, "cpu": 1.5}, "onednn"),  # the fastest dense is the rival, not the slowest
+        ({"dense": 1.0, "onednn": 1.0, "cpu": 1.0}, "dense"),  # a tie goes to dense
+        ({"dense": 1.0, "onednn": 0.999, "cpu": 2.0}, "dense"),  # so does a gain within the noise
+    ],
+)
+def test_the_fastest_wins(clock, times, winner):
+    needs("cpu")
+    seconds, _ = clock
+    seconds.update(times)
+    verdict = choose(SPEC, X, True)
+    assert verdict.kernel == winner
+    assert verdict.sparse_seconds == times["cpu"]
+    assert verdict.dense_seconds == pytest.approx(min(times["dense"], times["onednn"]), rel=0.01)
+    assert verdict.ratio == pytest.approx(verdict.dense_seconds / verdict.sparse_seconds)
+    assert "x the fastest dense" in verdict.reason
+
+
+def test_the_reference_kernel_is_no_candidate(clock):
+    seconds, measured = clock
+    seconds["reference"] = 0.0
+    assert choose(SPEC, X, True).kernel != "reference"
+    assert all("reference" not in names for names in measured)
+
+
+def test_measures_once_for_each_layer_and_input(clock):
+    _, measured = clock
+    for _ in range(3):
+        choose(SPEC, X, True)
+    assert len(measured) == 1
+    choose(SPEC, X, False)  # another epilogue
+    choose(SPEC, torch.empty(64, 64, device="meta"), True)  # another batch
+    choose(LayerSpec("linear", (64, 64), Pattern(1, 4)), X, True)
+    assert len(measured) == 4
+
+
+def test_remembers_across_processes(clock, monkeypatch):
+    _, measured = clock
+    first = choose(SPEC, X, True)
+    monkeypatch.setattr(choice, "_store", VerdictStore())
+    assert choose(SPEC, X, True) == first
+    assert len(measured) == 1
+
+
+def test_another_kernel_version_is_measured_anew(clock, monkeypatch):
+    needs("cpu")
+    _, measured = clock
+    choose(SPEC, X, True)
+    monkeypatch.setattr(type(get_kernel("cpu")), "version", "another")
+    choose(SPEC, X, True)
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (SPEC, (64,)),
+        (SPEC, (5, 64)),
+        (SPEC, (3, 7, 64)),
+        (SPEC, (0, 64)),
+        (LayerSpec("linear", (48, 48), Pattern(2, 4)), (48,)),  # a width that is no power of two
+        (LayerSpec("conv2d", (32, 32, 3, 3), Pattern(2, 4), padding=(1, 1)), (3, 32, 5, 5)),
+    ],
+    ids=str,
+)
+def test_any_input_can_be_measured(clock, spec, shape):
+    assert choose(spec, torch.empty(shape, device="meta"), True).kernel in ("dense", *kernel_names())
+
+
+def test_dense_layers_choose_among_dense_kernels(clock):
+    seconds, measured = clock
+    seconds.update({"dense": 1.0, "onednn": 0.5, "cpu": 0.1})
+    verdict = choose(LayerSpec("linear", (64, 64), DENSE), X, True)
+    assert "cpu" not in measured[0]
+    assert verdict.kernel == "onednn"
+    assert verdict.sparse_seconds is None
+
+
+def test_forced_kernels_are_not_measured(clock):
+    needs("cpu")
+    _, measured = clock
+    for name in ("cpu", "reference", "onednn", "dense"):
+        verdict = choose(SPEC, X, True, forced=name)
+        assert verdict.kernel == name
+        assert repr(name) in verdict.reason
+    assert measured == []
+
+
+def test_a_forced_kernel_that_cannot_falls_back_to_dense_and_says_so(caplog):
+    spec = LayerSpec("linear", (64, 64), Pattern(2, 4), torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        verdict = choose(spec, X, True, forced="cpu")
+    assert verdict.kernel == "dense"
+    assert "'cpu' cannot take it" in verdict.reason
+    assert "float32" in verdict.reason
+    assert "dense instead" in caplog.text
+
+
+def test_dtypes_without_a_sparse_kernel_name_it(clock):
+    verdict = choose(LayerSpec("linear", (64, 64), Pattern(2, 4), torch.float64), X.double(), True)
+    assert verdict.kernel == "dense"
+    assert "cpu" in verdict.reason
+    assert "float64" in verdict.reason
+
+
+def test_an_unusual_layer_is_dense_whatever_was_forced():
+    assert choose(SPEC, X, True, forced="cpu", unusual="odd padding").kernel == "dense"
+    assert choose(SPEC, X, True, unusual="odd padding").reason == "odd padding"
+
+
+def test_an_unknown_forced_kernel_is_an_error():
+    with pytest.raises(ValueError, match=r"unknown kernel 'warp'.*cpu"):
+        choose(SPEC, X, True, forced="warp")
+
+
+def test_a_real_measurement(fresh_store):
+    verdict = choose(SPEC, X, True)
+    assert verdict.dense_seconds > 0
+    if get_kernel("cpu").refusal(SPEC) is None:
+        assert verdict.sparse_seconds > 0
+        assert verdict.ratio > 0
