@@ -6,12 +6,13 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
 import torch
+
+from sparsedm_compile.cache import cache_directory
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +23,6 @@ _lock = threading.Lock()
 
 class BuildError(RuntimeError):
     """The C++ could not be compiled or loaded; the message says why, with the compiler's last lines."""
-
-
-def cache_dir() -> Path:
-    """Where compiled code is kept: ``$SPARSEDM_CACHE_DIR``, or ``sparsedm_compile`` in the user's cache directory."""
-    chosen = os.environ.get("SPARSEDM_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "sparsedm_compile"
 
 
 def _compiler() -> str:
@@ -89,7 +78,7 @@ def compile_library() -> Path:
     """
     compiler = _compiler()
     try:
-        folder = cache_dir()
+        folder = cache_directory()
         library = folder / f"cpu-{_fingerprint(compiler)}.so"
         if library.exists():
             return library
@@ -105,7 +94,7 @@ def compile_library() -> Path:
             Path(partial).unlink(missing_ok=True)
     except OSError as error:
         raise BuildError(
-            f"the cache directory {cache_dir()} cannot be used: {error}; set SPARSEDM_CACHE_DIR"
+            f"the cache directory {cache_directory()} cannot be used: {error}; set SPARSEDM_CACHE_DIR"
         ) from error
     return library
 
