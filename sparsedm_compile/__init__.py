@@ -2,18 +2,27 @@
 
 from sparsedm_compile.backend import sparsedm
 from sparsedm_compile.derived import refresh
+from sparsedm_compile.ema import EMA
 from sparsedm_compile.explain import Explanation, explain
+from sparsedm_compile.finetune import distillation_loss, finetune
 from sparsedm_compile.layers import SparseConv2d, SparseLinear
 from sparsedm_compile.macs import MacsReport, count_macs
 from sparsedm_compile.masked_weight import masked_weight
 from sparsedm_compile.masks import magnitude_mask
+from sparsedm_compile.noise import VPSDE
 from sparsedm_compile.pack import PackReport, pack
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.plan import LayerInfo, Plan, PlanLayer
 from sparsedm_compile.planning import make_plan
+from sparsedm_compile.sampling import sample
 from sparsedm_compile.sparsify import get_plan, set_pattern, sparsify, use_pattern
+from sparsedm_compile.srste import SRSTE
+from sparsedm_compile.training import TrainingRecord
 
 __all__ = [
+    "EMA",
+    "SRSTE",
+    "VPSDE",
     "Explanation",
     "LayerInfo",
     "MacsReport",
@@ -23,14 +32,18 @@ __all__ = [
     "PlanLayer",
     "SparseConv2d",
     "SparseLinear",
+    "TrainingRecord",
     "count_macs",
+    "distillation_loss",
     "explain",
+    "finetune",
     "get_plan",
     "magnitude_mask",
     "make_plan",
     "masked_weight",
     "pack",
     "refresh",
+    "sample",
     "set_pattern",
     "sparsedm",
     "sparsify",

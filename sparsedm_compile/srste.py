@@ -16,10 +16,9 @@ class SRSTE:
 
     The straight-through estimator alone lets masked weights drift, and masks flip back and forth; the decay shrinks
     what is masked and so settles the masks. It acts in a pre-step hook, hence after gradients were accumulated,
-    averaged over
-    workers, unscaled and clipped: inside ``backward`` it would be divided away by the loss scale of mixed precision.
-    Optimizers that unscale in their own kernel (``fused=True``) announce the scale to the step; the term is scaled
-    alike.
+    averaged over workers, unscaled and clipped: inside ``backward`` it would be divided away by the loss scale of
+    mixed precision. Optimizers that unscale in their own kernel (``fused=True``) announce the scale to the step; the
+    term is scaled alike.
 
     It follows the layers' current patterns: after ``set_pattern`` the next step uses the new masks, and a layer at
     ``"dense"`` gets no decay. Weights without a gradient are left alone.
@@ -35,9 +34,8 @@ class SRSTE:
         decay: the paper's lambda_W; 2e-4 there and in SparseDM's official code.
 
     Raises:
-        ValueError: ``decay`` is negative or not finite; ``model`` has no sparse layers; ``optimizer`` lacks the
-        weight of
-            one of them.
+        ValueError: ``decay`` is negative or not finite; ``model`` has no sparse layers; ``optimizer`` lacks the weight
+            of one of them.
         TypeError: an argument of the wrong type.
 
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", arXiv 2102.04010,
