@@ -21,6 +21,7 @@ class CpuKernel(Kernel):
 
     name = "cpu"
     version = "1"
+    devices = ("cpu",)
 
     def refusal(self, spec: LayerSpec) -> str | None:
         """See :meth:`Kernel.refusal`. The first spec that could be taken compiles the C++ (seconds, then cached)."""

@@ -119,7 +119,8 @@ Tensor conv2d(const Tensor& x, const Tensor& values, const Tensor& index, at::In
     planes.end = planes.data + image.numel();
   } else {
     padded = at::empty({planes.size() + kWidth}, x.options(), at::MemoryFormat::Contiguous);
-    split(planes, image.const_data_ptr<float>(), channels_last, padded.mutable_data_ptr<float>());
+    const auto split = channels_last ? split_channels_last : split_channel_major;
+    split(planes, image.const_data_ptr<float>(), padded.mutable_data_ptr<float>());
     planes.data = padded.const_data_ptr<float>();
     planes.end = planes.data + padded.numel();
   }

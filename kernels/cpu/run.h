@@ -10,8 +10,9 @@
 
 namespace sparsedm {
 
-// Sums of this many output channels lie in the L2 cache while the blocks of K pass by.
-constexpr int64_t kUnitsPerChunk = 4;
+// Sums of so many output channels lie in the L2 cache while the blocks of K pass by. Panels are filled once per chunk, so
+// chunks are large.
+constexpr int64_t kSumBytes = 400 * 1024;
 
 // A buffer that a thread keeps: allocating 200 KB anew for each panel would fault its pages in each time.
 class Scratch {
@@ -39,8 +40,9 @@ struct Cut {
   int64_t panels, chunks;
 
   Cut(int64_t vectors, int64_t most_vectors, int64_t units, int64_t threads) {
+    const int64_t most_units = kSumBytes / (kUnit * most_vectors * kBytes);
     panels = (vectors + most_vectors - 1) / most_vectors;
-    chunks = (units + kUnitsPerChunk - 1) / kUnitsPerChunk;
+    chunks = (units + most_units - 1) / most_units;
     if (panels * chunks % threads == 0 || panels * chunks >= 16 * threads) return;
     // Uneven over the threads: cut the channels finer (a panel is then filled more often, which is cheap), or where there
     // are too few channels, the tokens.

@@ -99,48 +99,60 @@ struct Planes {
   int64_t plane_size() const { return y.count() * x.count() * phase_size(); }
   int64_t size() const { return window.images * window.channels * plane_size(); }
 
-  struct Run {
-    int64_t from, to, size;  // consecutive tokens that lie side by side in a plane
+  struct Piece {
+    int64_t from, to;  // a register of consecutive tokens that lie side by side in a plane
   };
 
+  // A piece may copy more than its tokens: what it stores too much is stored again by the next piece or the next row, or
+  // is never used; what it loads too much must lie before `end`, so the last few rows of the data go through `careful`.
   struct Cursor {
     const Planes& source;
-    std::vector<Run> runs;
+    std::vector<Piece> pieces;
+    int64_t last = 0;  // the largest Piece::from
+    int64_t tokens = 0;
 
     void fill(float* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
       const Window& w = source.window;
-      for (int64_t k = k0; k < k1; ++k, panel += panel_stride) {
-        const int64_t tap = k / w.channels, c = k % w.channels, ky = tap / w.kernel_w, kx = tap % w.kernel_w;
+      for (int64_t k = k0; k < k1;) {
+        const int64_t tap = k / w.channels, ky = tap / w.kernel_w, kx = tap % w.kernel_w;
         const int64_t phase = source.y.slot[ky] * source.x.count() + source.x.slot[kx];
-        const float* plane = source.data + c * source.plane_size() + phase * source.phase_size() +
+        const float* plane = source.data + k % w.channels * source.plane_size() + phase * source.phase_size() +
                              source.y.shift[ky] * source.x.length + source.x.shift[kx];
-        for (const Run& run : runs) {
-          const float* from = plane + run.from;
-          float* to = panel + run.to;
-          // Whole registers: what is written too much is written again by the next run or the next row, or is never used.
-          if (from + run.size + kWidth <= source.end) {
-            for (int64_t i = 0; i < run.size; i += kWidth) store(to + i, load(from + i));
+        for (const int64_t stop = std::min(k1, (tap + 1) * w.channels); k < stop; ++k) {
+          if (plane + last + kWidth <= source.end) {
+            for (const Piece& piece : pieces) store(panel + piece.to, load(plane + piece.from));
           } else {
-            std::memcpy(to, from, run.size * sizeof(float));
+            careful(panel, plane);
           }
+          plane += source.plane_size();
+          panel += panel_stride;
         }
+      }
+    }
+
+   private:
+    void careful(float* panel, const float* plane) const {
+      for (size_t i = 0; i < pieces.size(); ++i) {
+        const int64_t next = i + 1 < pieces.size() ? pieces[i + 1].to : tokens;
+        for (int64_t j = 0; j < next - pieces[i].to; ++j) panel[pieces[i].to + j] = plane[pieces[i].from + j];
       }
     }
   };
 
   Cursor cursor(int64_t token0, int64_t token1) const {
-    Cursor cursor{*this, {}};
+    Cursor cursor{*this, {}, 0, token1 - token0};
     const int64_t out_width = window.out_width(), pixels = window.pixels();
-    for (int64_t t = token0; t < token1;) {
+    for (int64_t t = token0, left = 0; t < token1;) {
       const int64_t image = t / pixels, pixel = t % pixels, row = pixel / out_width, column = pixel % out_width;
-      const int64_t size = std::min(out_width - column, token1 - t);
+      // Where no padding lies between rows, the rest of the image is one run.
+      left = x.length == out_width && y.length == window.out_height() ? pixels - pixel : out_width - column;
+      left = std::min(left, token1 - t);
       const int64_t from = image * window.channels * plane_size() + row * x.length + column;
-      if (!cursor.runs.empty() && cursor.runs.back().from + cursor.runs.back().size == from) {
-        cursor.runs.back().size += size;
-      } else {
-        cursor.runs.push_back({from, t - token0, size});
+      for (int64_t i = 0; i < left; i += kWidth) {
+        cursor.pieces.push_back({from + i, t - token0 + i});
+        cursor.last = std::max(cursor.last, from + i);
       }
-      t += size;
+      t += left;
     }
     return cursor;
   }
@@ -151,54 +163,91 @@ struct Planes {
   }
 };
 
-// Copies image rows into the planes. `channel_stride` and `pixel_stride` tell NCHW from channels_last.
-inline void split(const Planes& planes, const float* image, bool channels_last, float* out) {
+namespace detail {
+
+// The elements [first, last) of one row of a phase lie inside the image; the rest is padding.
+struct Inside {
+  int64_t first, last;
+
+  Inside(const Phases& axis, int64_t slot, int64_t size) {
+    const int64_t base = axis.position(slot, 0);
+    last = size > base ? std::min((size - base + axis.stride - 1) / axis.stride, axis.length) : 0;
+    first = std::min(base < 0 ? (-base + axis.stride - 1) / axis.stride : 0, last);
+  }
+};
+
+inline void copy_strided(float* to, const float* from, int64_t size, int64_t stride) {
+  if (stride == 1) {
+    std::memcpy(to, from, size * sizeof(float));
+    return;
+  }
+  int64_t i = 0;
+  if (stride == 2) {
+    // The last pair of loads ends one element after the last one needed, so it is left to the scalar loop.
+    for (; i + kWidth < size; i += kWidth) store(to + i, evens(load(from + 2 * i), load(from + 2 * i + kWidth)));
+  }
+  for (; i < size; ++i) to[i] = from[i * stride];
+}
+
+}  // namespace detail
+
+// Copies an NCHW image into the planes, one plane after the other.
+inline void split_channel_major(const Planes& planes, const float* image, float* out) {
   const Window& w = planes.window;
+  at::parallel_for(0, w.images * w.channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      float* to = out + plane * planes.plane_size();
+      for (int64_t slot_y = 0; slot_y < planes.y.count(); ++slot_y) {
+        for (int64_t slot_x = 0; slot_x < planes.x.count(); ++slot_x) {
+          const detail::Inside inside(planes.x, slot_x, w.width);
+          for (int64_t i = 0; i < planes.y.length; ++i, to += planes.x.length) {
+            const int64_t row = planes.y.position(slot_y, i);
+            const int64_t last = row >= 0 && row < w.height ? inside.last : 0, first = std::min(inside.first, last);
+            const float* from = image + (plane * w.height + row) * w.width + planes.x.position(slot_x, first);
+            std::fill(to, to + first, 0.0f);
+            if (first < last) detail::copy_strided(to + first, from, last - first, planes.x.stride);
+            std::fill(to + last, to + planes.x.length, 0.0f);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Copies a channels_last image into the planes, row by row, transposing pixels x channels in registers.
+inline void split_channels_last(const Planes& planes, const float* image, float* out) {
+  const Window& w = planes.window;
+  const int64_t size = planes.plane_size();
   at::parallel_for(0, w.images * planes.y.count() * planes.y.length, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task % planes.y.length, slot_y = task / planes.y.length % planes.y.count();
-      const int64_t b = task / (planes.y.length * planes.y.count());
-      const int64_t row = planes.y.position(slot_y, i);
-      const bool inside_y = row >= 0 && row < w.height;
+      const int64_t b = task / (planes.y.length * planes.y.count()), row = planes.y.position(slot_y, i);
       for (int64_t slot_x = 0; slot_x < planes.x.count(); ++slot_x) {
-        const int64_t stride = planes.x.stride, base = planes.x.position(slot_x, 0);
-        // Elements [j0, j1) of this row lie inside the image.
-        int64_t j0 = base < 0 ? (-base + stride - 1) / stride : 0;
-        int64_t j1 = w.width > base ? (w.width - base + stride - 1) / stride : 0;
-        j1 = inside_y ? std::min(j1, planes.x.length) : 0;
-        j0 = std::min(j0, j1);
-        float* to = out + b * w.channels * planes.plane_size() +
-                    (slot_y * planes.x.count() + slot_x) * planes.phase_size() + i * planes.x.length;
-        const auto zero_ends = [&](float* line) {
-          std::fill(line, line + j0, 0.0f);
-          std::fill(line + j1, line + planes.x.length, 0.0f);
-        };
-        if (!channels_last) {
-          for (int64_t c = 0; c < w.channels; ++c, to += planes.plane_size()) {
-            zero_ends(to);
-            const float* from = image + ((b * w.channels + c) * w.height + row) * w.width + base;
-            if (stride == 1) {
-              if (j1 > j0) std::memcpy(to + j0, from + j0, (j1 - j0) * sizeof(float));
-            } else {
-              for (int64_t j = j0; j < j1; ++j) to[j] = from[j * stride];
-            }
-          }
-          continue;
+        const detail::Inside inside(planes.x, slot_x, w.width);
+        const int64_t last = row >= 0 && row < w.height ? inside.last : 0, first = std::min(inside.first, last);
+        float* to = out + b * w.channels * size + (slot_y * planes.x.count() + slot_x) * planes.phase_size() +
+                    i * planes.x.length;
+        for (int64_t c = 0; c < w.channels; ++c) {
+          std::fill(to + c * size, to + c * size + first, 0.0f);
+          std::fill(to + c * size + last, to + c * size + planes.x.length, 0.0f);
         }
-        const float* from = image + ((b * w.height + row) * w.width + base) * w.channels;
-        for (int64_t c = 0; c < w.channels; ++c) zero_ends(to + c * planes.plane_size());
-        int64_t j = j0;
-        for (; j + kWidth <= j1 && w.channels >= kWidth; j += kWidth) {
+        const int64_t step = planes.x.stride * w.channels;
+        const float* from =
+            image + ((b * w.height + row) * w.width + planes.x.position(slot_x, first)) * w.channels;
+        int64_t j = first;
+        for (; j + kWidth <= last && w.channels >= kWidth; j += kWidth, from += kWidth * step) {
           for (int64_t c = 0; c < w.channels; c += kWidth) {
             const int64_t c0 = std::min(c, w.channels - kWidth);
             Vec tile[kWidth];
-            for (int q = 0; q < kWidth; ++q) tile[q] = load(from + (j + q) * stride * w.channels + c0);
+            SPARSEDM_UNROLL
+            for (int q = 0; q < kWidth; ++q) tile[q] = load(from + q * step + c0);
             transpose(tile);
-            for (int q = 0; q < kWidth; ++q) store(to + (c0 + q) * planes.plane_size() + j, tile[q]);
+            SPARSEDM_UNROLL
+            for (int q = 0; q < kWidth; ++q) store(to + (c0 + q) * size + j, tile[q]);
           }
         }
-        for (; j < j1; ++j)
-          for (int64_t c = 0; c < w.channels; ++c) to[c * planes.plane_size() + j] = from[j * stride * w.channels + c];
+        for (; j < last; ++j, from += step)
+          for (int64_t c = 0; c < w.channels; ++c) to[c * size + j] = from[c];
       }
     }
   });

@@ -104,7 +104,15 @@ inline void swap_rows(Vec (&rows)[kWidth]) {
   }
 }
 
+template <int... lane>
+inline Vec pick_evens(Vec a, Vec b, LaneList<lane...>) {
+  return pick<2 * lane...>(a, b);
+}
+
 }  // namespace detail
+
+// Elements 0, 2, 4, ... of a followed by b.
+inline Vec evens(Vec a, Vec b) { return detail::pick_evens(a, b, typename detail::MakeLanes<kWidth>::type{}); }
 
 // Transposes a kWidth x kWidth tile held in registers: 4 x 4 tiles within 128-bit lanes first, then whole lanes.
 inline void transpose(Vec (&rows)[kWidth]) {
