@@ -60,7 +60,7 @@ def decide(
     parsed = {glob: Pattern.parse(spelling) for glob, spelling in (rules or {}).items()}
     names = [layer.name for layer in layers]
     for glob in parsed:
-        if not any(fnmatchcase(name, glob) for name in names):
+        if not any(_matches(name, glob) for name in names):
             raise ValueError(f"rule {glob!r} matches no layer; layers are: {_sample(names)}")
 
     reasons = dense_reasons(policy, layers)
@@ -69,7 +69,7 @@ def decide(
         reason = reasons.get(layer.name, "")
         wanted, rule = DENSE if reason else pattern, None
         for glob, ruled in parsed.items():
-            if fnmatchcase(layer.name, glob):
+            if _matches(layer.name, glob):
                 wanted, rule = ruled, glob
                 reason = f"rule {glob!r}" if ruled.is_dense else ""
         obstacle = obstacles.get(layer.name, "")
@@ -84,6 +84,10 @@ def decide(
             reason = obstacle or "pattern dense"
         decided.append(PlanLayer(layer.name, layer.kind, layer.weight_shape, layer.groups, wanted, reason, switchable))
     return Plan(decided)
+
+
+def _matches(name: str, rule: str) -> bool:
+    return name == rule or fnmatchcase(name, rule)  # an exact name may hold brackets, as keys of a ModuleDict do
 
 
 def _sample(names: Sequence[str]) -> str:
