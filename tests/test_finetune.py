@@ -10,6 +10,15 @@ from sparsedm_compile.noise import VPSDE
 from sparsedm_compile.sparsify import set_pattern, sparsify
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are too small to share: with two threads on a busy machine a step takes ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny_uvit(num_classes: int = -1) -> UViT:
     torch.manual_seed(0)
     return UViT(
