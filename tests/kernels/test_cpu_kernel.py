@@ -1,0 +1,236 @@
+"""The CPU kernel against its float64 oracle, torch's own float64 operators, and the reference mask."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsedm_compile.kernels.cpu.kernel import CpuKernel
+from sparsedm_compile.kernels.cpu.naive import conv2d_naive, linear_naive
+from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
+from sparsedm_compile.masks import magnitude_mask
+from sparsedm_compile.pattern import Pattern
+
+KERNEL = CpuKernel()
+PATTERNS = ["2:4", "1:4", "2:4v2", "2:4v4", "1:4v4", "2:4v8", "1:4v64", "3:8", "1:2", "2:3", "5:7v2", "1:32", "31:32"]
+
+pytestmark = pytest.mark.skipif(
+    KERNEL.refusal(LayerSpec("linear", (8, 8), Pattern(2, 4))) is not None, reason="no C++ compiler here"
+)
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float = 3e-6) -> None:
+    assert actual.shape == exact.shape
+    assert actual.dtype == torch.float32
+    assert (actual - exact).abs().max() <= tolerance * exact.abs().max().clamp_min(1)
+
+
+@st.composite
+def epilogues(draw: st.DrawFn, channels: int, shape: tuple[int, ...]) -> Epilogue:
+    return Epilogue(
+        bias=seeded(channels, seed=1) if draw(st.booleans()) else None,
+        activation=draw(st.sampled_from(["none", "gelu", "gelu_tanh", "silu"])),
+        residual=seeded(*shape, seed=2) if draw(st.booleans()) else None,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_linear_equals_naive(data: st.DataObject) -> None:
+    pattern = Pattern.parse(data.draw(st.sampled_from(PATTERNS), label="pattern"))
+    out = pattern.v * data.draw(st.integers(1, max(1, 40 // pattern.v)), label="out / v")
+    width = pattern.m * data.draw(st.integers(1, max(1, 96 // pattern.m)), label="in / m")
+    lead = data.draw(st.sampled_from([(1,), (7,), (2, 19), (100,), (3, 1, 5), ()]), label="lead")
+    spec = LayerSpec("linear", (out, width), pattern)
+    weight, x = seeded(out, width), seeded(*lead, width, seed=3)
+    epilogue = data.draw(epilogues(out, (*lead, out)))
+    actual = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, epilogue)
+    assert actual.is_contiguous()
+    assert_close(actual, linear_naive(x, weight, spec, epilogue))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_conv2d_equals_naive(data: st.DataObject) -> None:
+    pattern = Pattern.parse(data.draw(st.sampled_from(PATTERNS), label="pattern"))
+    out = pattern.v * data.draw(st.integers(1, max(1, 20 // pattern.v)), label="out / v")
+    width = pattern.m * data.draw(st.integers(1, max(1, 24 // pattern.m)), label="in / m")
+    kernel = data.draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (1, 5), (4, 1)]), label="kernel")
+    two = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    stride, dilation = data.draw(two, label="stride"), data.draw(two, label="dilation")
+    padding = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)), label="padding")
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = [low + data.draw(st.integers(0, most)) for low, most in zip(least, (5, 36), strict=True)]
+    spec = LayerSpec("conv2d", (out, width, *kernel), pattern, stride=stride, padding=padding, dilation=dilation)
+    weight, x = seeded(out, width, *kernel), seeded(data.draw(st.integers(1, 2)), width, *size, seed=3)
+    if data.draw(st.booleans(), label="channels_last"):
+        x = x.contiguous(memory_format=torch.channels_last)
+    dense = F.conv2d(x, weight, None, stride, padding, dilation)
+    epilogue = data.draw(epilogues(out, tuple(dense.shape)))
+    actual = KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, epilogue)
+    assert actual.stride() == dense.stride()
+    assert_close(actual, conv2d_naive(x, weight, spec, epilogue))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 7, 257, 1028])
+@pytest.mark.parametrize("pattern", ["2:4", "2:4v2", "1:4v4"])
+def test_linear_of_many_panels_blocks_and_units(pattern: str, tokens: int, threads: int) -> None:
+    spec = LayerSpec("linear", (700, 520), Pattern.parse(pattern))
+    weight, x = seeded(700, 520), seeded(tokens, 520, seed=1)
+    exact = x.double() @ (weight * magnitude_mask(weight, spec.pattern)).double().T
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, Epilogue())
+    finally:
+        torch.set_num_threads(before)
+    assert_close(actual, exact)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "out", "size", "kernel", "stride", "padding"),
+    [(128, 131, 32, 3, 1, 1), (64, 300, 16, 3, 2, 1), (320, 64, 8, 1, 1, 0), (40, 48, 33, 5, 3, 2)],
+)
+def test_conv2d_of_many_panels_blocks_and_units(
+    channels: int, out: int, size: int, kernel: int, stride: int, padding: int, memory_format: torch.memory_format
+) -> None:
+    shape = (out, channels, kernel, kernel)
+    spec = LayerSpec("conv2d", shape, Pattern(2, 4), stride=(stride, stride), padding=(padding, padding))
+    weight, x = seeded(*shape), seeded(2, channels, size, size, seed=1).contiguous(memory_format=memory_format)
+    exact = F.conv2d(
+        x.double(), (weight * magnitude_mask(weight, spec.pattern)).double(), None, spec.stride, spec.padding
+    )
+    assert_close(KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, Epilogue()), exact, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: seeded(48, 30).T,
+        lambda: seeded(30, 96)[:, ::2],
+        lambda: seeded(60, 48)[::2],
+        lambda: seeded(30, 100)[:, 5:53],
+        lambda: seeded(48).expand(30, 48),
+        lambda: seeded(5, 48, 6).transpose(1, 2),
+    ],
+    ids=["transposed", "every second feature", "every second token", "slice", "expanded", "swapped"],
+)
+def test_linear_takes_any_strides(view) -> None:
+    x, spec = view(), LayerSpec("linear", (20, 48), Pattern(2, 4))
+    weight = seeded(20, 48)
+    actual = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, Epilogue())
+    assert actual.is_contiguous()
+    assert_close(actual, linear_naive(x, weight, spec, Epilogue()))
+
+
+def test_conv2d_takes_any_strides_and_residuals_of_another_format() -> None:
+    spec = LayerSpec("conv2d", (12, 8, 3, 3), Pattern(2, 4), padding=(1, 1))
+    weight, x = seeded(12, 8, 3, 3), seeded(2, 8, 22, 9)[:, :, ::2]
+    residual = seeded(2, 12, 11, 9, seed=4).contiguous(memory_format=torch.channels_last)
+    epilogue = Epilogue(residual=residual)
+    actual = KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, epilogue)
+    assert_close(actual, conv2d_naive(x, weight, spec, epilogue))
+
+
+def test_memory_beside_the_image_is_never_used() -> None:
+    """Whole registers are loaded: a NaN next to the image, or in its last row, must not leak into other outputs."""
+    storage = torch.full((8 * 5 * 5 + 64,), math.nan)
+    x = storage[: 8 * 5 * 5].view(1, 8, 5, 5)
+    x.copy_(seeded(1, 8, 5, 5))
+    for padding in (0, 1):
+        spec = LayerSpec("conv2d", (6, 8, 3, 3), Pattern(2, 4), padding=(padding, padding))
+        weight = seeded(6, 8, 3, 3)
+        actual = KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, Epilogue())
+        assert_close(actual, conv2d_naive(x, weight, spec, Epilogue()))
+
+
+def test_no_tokens() -> None:
+    spec = LayerSpec("linear", (8, 8), Pattern(2, 4))
+    assert KERNEL.linear(torch.empty(0, 8), *KERNEL.pack(seeded(8, 8), spec), spec, Epilogue()).shape == (0, 8)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kernel", [(), (3, 2)])
+def test_unpack_gives_the_masked_weight_bit_for_bit(pattern: str, kernel: tuple[int, ...]) -> None:
+    parsed = Pattern.parse(pattern)
+    shape = (parsed.v * 3 if parsed.v > 1 else 141, parsed.m * 7, *kernel)
+    spec = LayerSpec("conv2d" if kernel else "linear", shape, parsed)
+    # Few distinct magnitudes: most choices are ties, and the lower index must win as it does in the reference.
+    weight = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float() / 3
+    values, index = KERNEL.pack(weight, spec)
+    expected = torch.where(magnitude_mask(weight, parsed), weight, 0.0)
+    unpacked = KERNEL.unpack(values, index, spec)
+    assert torch.equal(unpacked.view(torch.int32), (expected + 0.0).view(torch.int32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(PATTERNS), st.integers(0, 2**31), st.sampled_from([1.0, 1e-30, 1e30]))
+def test_mask_equals_the_reference(pattern: str, seed: int, scale: float) -> None:
+    parsed = Pattern.parse(pattern)
+    weight = seeded(parsed.v * 2, parsed.m * 6, seed=seed) * scale
+    spec = LayerSpec("linear", tuple(weight.shape), parsed)
+    assert torch.equal(KERNEL.unpack(*KERNEL.pack(weight, spec), spec), weight * magnitude_mask(weight, parsed))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4v4"])
+def test_packed_shapes_depend_on_the_spec_alone(pattern: str) -> None:
+    spec = LayerSpec("linear", (129 if pattern == "2:4" else 132, 384), Pattern.parse(pattern))
+    alike = torch.ones(spec.weight_shape)  # every channel keeps the same rows
+    for weight in (seeded(*spec.weight_shape), alike):
+        packed = KERNEL.pack(weight, spec)
+        for tensor, empty in zip(packed, KERNEL.empty_packed(spec, torch.device("cpu")), strict=True):
+            assert (tensor.shape, tensor.dtype) == (empty.shape, empty.dtype)
+
+
+def test_empty_packed_on_meta() -> None:
+    values, index = KERNEL.empty_packed(LayerSpec("linear", (64, 128), Pattern(2, 4)), torch.device("meta"))
+    assert values.is_meta
+    assert index.is_meta
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (LayerSpec("linear", (8, 8), Pattern(2, 4), dtype=torch.bfloat16), "float32, not bfloat16"),
+        (LayerSpec("linear", (8, 8), Pattern(2, 4), device="cuda"), "cuda"),
+        (LayerSpec("linear", (8, 8), Pattern(2, 4), device="meta"), "meta"),
+        (LayerSpec("conv2d", (8, 4, 3, 3), Pattern(2, 4), groups=2), "one group, not 2"),
+        (LayerSpec("linear", (8, 6), Pattern(2, 4)), "6 is not a multiple of 4"),
+        (LayerSpec("linear", (6, 8), Pattern(2, 4, 4)), "6 is not a multiple of v = 4"),
+        (LayerSpec("linear", (8, 8), Pattern(1, 1)), "dense"),
+        (LayerSpec("conv2d", (8, 8), Pattern(2, 4)), "4 dimensions, not 2"),
+    ],
+)
+def test_refusals_name_the_reason(spec: LayerSpec, reason: str) -> None:
+    assert reason in KERNEL.refusal(spec)
+
+
+def test_bad_input_is_an_error() -> None:
+    spec = LayerSpec("linear", (8, 8), Pattern(2, 4))
+    packed = KERNEL.pack(seeded(8, 8), spec)
+    with pytest.raises(ValueError, match=r"x: want float32 of shape \(..., 8\)"):
+        KERNEL.linear(seeded(3, 4), *packed, spec, Epilogue())
+    with pytest.raises(ValueError, match="x: want float32"):
+        KERNEL.linear(seeded(3, 8).double(), *packed, spec, Epilogue())
+    with pytest.raises(ValueError, match="bias: want float32"):
+        KERNEL.linear(seeded(3, 8), *packed, spec, Epilogue(bias=seeded(3)))
+    with pytest.raises(ValueError, match="residual: want float32"):
+        KERNEL.linear(seeded(3, 8), *packed, spec, Epilogue(residual=seeded(8)))
+    with pytest.raises(ValueError, match="values: want"):
+        KERNEL.linear(seeded(3, 8), packed[0][1:], packed[1], spec, Epilogue())
+    with pytest.raises(ValueError, match="index: want"):
+        KERNEL.unpack(packed[0], packed[1][1:], spec)
+    with pytest.raises(ValueError, match="NaN"):
+        KERNEL.pack(torch.full((8, 8), math.nan), spec)
+    conv = LayerSpec("conv2d", (8, 8, 3, 3), Pattern(2, 4))
+    with pytest.raises(ValueError, match="more than the padded input"):
+        KERNEL.conv2d(seeded(1, 8, 2, 5), *KERNEL.pack(seeded(8, 8, 3, 3), conv), conv, Epilogue())
