@@ -1,0 +1,302 @@
+// A GPU on the CPU: runs a kernel's own source, thread by thread, with the instructions of tensor_core.cuh emulated.
+//
+// Threads are fibers. One runs until it meets its warp (ldmatrix, mma) or its block (__syncthreads) and is then parked;
+// a warp runs until it waits for its block, so a missing barrier shows: warp 0 is always far ahead. Asynchronous copies land either at once or only when they
+// are waited for; a kernel must be right both ways. Shared memory starts as NaN. Every copy is checked against the
+// buffers that the caller declared, every matrix load against bank conflicts.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#define SPARSEDM_TENSOR_CORE
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n)
+
+using std::max;
+using std::min;
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct float4 {
+    float x, y, z, w;
+};
+struct Index {
+    int x, y, z;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+inline unsigned __float_as_uint(float f) {
+    unsigned u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+inline float __expf(float x) { return expf(x); }
+
+alignas(1024) inline char memory[256 * 1024];
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace gpu {
+
+inline std::string error;
+inline bool lazy;  // copies land when they are waited for
+inline int shared_bytes;
+inline std::vector<std::pair<const char*, const char*>> readable;
+
+inline void fail(const std::string& what) {
+    if (error.empty())
+        error = what + " (block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + " thread " +
+                std::to_string(threadIdx.x) + ")";
+}
+
+struct Copy {
+    unsigned shared;
+    const void* global;
+    bool valid;
+};
+struct Meeting {
+    int arrived = 0, generation = 0;
+    const char* name = nullptr;
+    void* operands[32];
+};
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+    const Meeting* waits_for = nullptr;  // where it is parked, and since which generation
+    int since = 0;
+    std::vector<Copy> open;                // copies of the group that is being filled
+    std::deque<std::vector<Copy>> groups;  // committed ones
+};
+
+inline std::vector<Thread> threads;
+inline std::vector<Meeting> warps;
+inline Meeting block;
+inline int current;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+
+inline void park() { swapcontext(&threads[current].context, &scheduler); }
+
+// Whether running the thread now would do nothing.
+inline bool stuck(const Thread& t) { return t.waits_for && t.waits_for->generation == t.since; }
+
+inline void meet(Meeting& m, int expected, const char* name, int slot, void* operands, const std::function<void()>& act) {
+    if (m.arrived && strcmp(m.name, name)) fail(std::string("threads diverge: ") + m.name + " meets " + name);
+    m.name = name;
+    if (slot >= 0) m.operands[slot] = operands;
+    const int generation = m.generation;
+    if (++m.arrived == expected) {
+        act();
+        m.arrived = 0;
+        ++m.generation;
+    } else {
+        Thread& me = threads[current];
+        me.waits_for = &m, me.since = generation;
+        park();  // until the generation has changed: see stuck()
+        me.waits_for = nullptr;
+    }
+}
+
+template <class Operands>
+void warp_meets(const char* name, Operands& mine, void (*act)(Operands* (&)[32])) {
+    Meeting& m = warps[threadIdx.x / 32];
+    meet(m, 32, name, threadIdx.x % 32, &mine, [&] { act(reinterpret_cast<Operands*(&)[32]>(m.operands)); });
+}
+
+inline char* at(unsigned shared, int bytes) {
+    if (shared % bytes || (int)shared + bytes > shared_bytes) {
+        fail("shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(shared));
+        return memory;
+    }
+    return memory + shared;
+}
+
+inline void land(const Copy& copy) {
+    if (copy.valid)
+        memcpy(at(copy.shared, 16), copy.global, 16);
+    else
+        memset(at(copy.shared, 16), 0, 16);
+}
+
+inline void enter() {
+    body();
+    threads[current].done = true;
+    park();
+}
+
+inline void run_block(int count) {
+    std::fill(memory, memory + sizeof memory, (char)0xff);  // NaN in every floating-point type
+    threads = std::vector<Thread>(count);
+    warps.assign(count / 32, {});
+    block = {};
+    for (Thread& t : threads) {
+        t.stack.reset(new char[1 << 17]);
+        getcontext(&t.context);
+        t.context.uc_stack.ss_sp = t.stack.get();
+        t.context.uc_stack.ss_size = 1 << 17;
+        t.context.uc_link = nullptr;
+        makecontext(&t.context, enter, 0);
+    }
+    for (int left = count; left && error.empty();) {
+        left = 0;
+        bool moved = false;
+        for (int warp = 0; warp < count / 32; ++warp)
+            for (bool again = true; again && error.empty();) {
+                again = false;
+                for (current = warp * 32; current < warp * 32 + 32; ++current) {
+                    if (threads[current].done || stuck(threads[current])) continue;
+                    threadIdx = {current, 0, 0};
+                    swapcontext(&scheduler, &threads[current].context);
+                    again = moved = true;
+                }
+            }
+        for (const Thread& t : threads) left += !t.done;
+        if (left && !moved) fail("deadlock");
+    }
+}
+
+inline void launch(Index grid, int count, int shared, bool copies_are_lazy, std::function<void()> kernel) {
+    error.clear();
+    lazy = copies_are_lazy, shared_bytes = shared, body = std::move(kernel);
+    gridDim = grid, blockDim = {count, 1, 1};
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(count);
+}
+
+inline float half_to_float(unsigned short h) {
+#if BFLOAT16
+    return __uint_as_float((unsigned)h << 16);
+#else
+    _Float16 f;
+    memcpy(&f, &h, 2);
+    return (float)f;
+#endif
+}
+
+inline unsigned short float_to_half(float f) {
+#if BFLOAT16
+    unsigned u = __float_as_uint(f);
+    return std::isnan(f) ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // to nearest, ties to even
+#else
+    _Float16 h = (_Float16)f;
+    unsigned short s;
+    memcpy(&s, &h, 2);
+    return s;
+#endif
+}
+
+}  // namespace gpu
+
+inline unsigned long long __cvta_generic_to_shared(const void* p) { return (const char*)p - memory; }
+inline void __syncthreads() {
+    gpu::meet(gpu::block, blockDim.x, "__syncthreads", -1, nullptr, [] {});
+}
+inline void __syncwarp() {
+    int nothing;
+    gpu::warp_meets<int>("__syncwarp", nothing, [](int* (&)[32]) {});
+}
+
+inline void copy_async(unsigned shared, const void* global, bool valid) {
+    bool inside = false;
+    for (auto [first, last] : gpu::readable) inside |= global >= first && (const char*)global + 16 <= last;
+    if (!inside || (uintptr_t)global % 16) return gpu::fail("copy from outside of its buffer");
+    gpu::threads[gpu::current].open.push_back({shared, global, valid});
+    if (!gpu::lazy) gpu::land({shared, global, valid});
+}
+inline void commit_copies() {
+    auto& t = gpu::threads[gpu::current];
+    t.groups.push_back(std::move(t.open));
+    t.open.clear();
+}
+template <int PENDING>
+void wait_copies() {
+    auto& groups = gpu::threads[gpu::current].groups;
+    for (; (int)groups.size() > PENDING; groups.pop_front())
+        if (gpu::lazy)
+            for (const auto& copy : groups.front()) gpu::land(copy);
+}
+
+inline void load_shared(unsigned (&r)[4], unsigned shared) { memcpy(r, gpu::at(shared, 16), 16); }
+inline unsigned load_shared(unsigned shared) {
+    unsigned r;
+    memcpy(&r, gpu::at(shared, 4), 4);
+    return r;
+}
+
+inline void load_matrices(unsigned (&r)[4], unsigned shared) {
+    struct Lane {
+        unsigned* r;
+        unsigned shared;
+    } mine{r, shared};
+    gpu::warp_meets<Lane>("ldmatrix", mine, [](Lane* (&lanes)[32]) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            unsigned banks = 0;
+            for (int row = 0; row < 8; ++row) {
+                const unsigned from = lanes[matrix * 8 + row]->shared;
+                banks |= 1u << from / 16 % 8;
+                for (int t = 0; t < 4; ++t) memcpy(lanes[row * 4 + t]->r + matrix, gpu::at(from, 16) + t * 4, 4);
+            }
+            if (banks != 0xff) gpu::fail("ldmatrix: bank conflict");
+        }
+    });
+}
+
+// PTX ISA, "matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types".
+template <int SELECTOR>
+void multiply_sparse(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned metadata) {
+    struct Lane {
+        float* c;
+        const unsigned *a, *b;
+        unsigned metadata;
+    } mine{c, a, b, metadata};
+    gpu::warp_meets<Lane>(SELECTOR ? "mma.sp 1" : "mma.sp 0", mine, [](Lane* (&lanes)[32]) {
+        static float dense_a[16][32], dense_b[32][8];
+        memset(dense_a, 0, sizeof dense_a);
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane >> 2, t = lane % 4;
+            for (int i = 0; i < 8; ++i) {
+                const int row = i < 2 || (i >= 4 && i < 6) ? g : g + 8, quad = i < 4 ? t : t + 4;
+                const unsigned word = lanes[4 * g + 2 * SELECTOR + quad / 4]->metadata;
+                const int nibble = word >> (row / 8 * 16 + quad % 4 * 4) & 15;
+                if ((nibble & 3) >= nibble >> 2) gpu::fail("mma.sp: invalid metadata");
+                const int column = quad * 4 + (i % 2 ? nibble >> 2 : nibble & 3);
+                dense_a[row][column] = gpu::half_to_float(lanes[lane]->a[i / 2] >> i % 2 * 16);
+                dense_b[t * 2 + i % 2 + i / 2 * 8][g] = gpu::half_to_float(lanes[lane]->b[i / 2] >> i % 2 * 16);
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i) {
+                float sum = lanes[lane]->c[i];
+                for (int k = 0; k < 32; ++k) sum += dense_a[(lane >> 2) + i / 2 * 8][k] * dense_b[k][lane % 4 * 2 + i % 2];
+                lanes[lane]->c[i] = sum;
+            }
+    });
+}
+
+inline void widen(unsigned word, float& first, float& second) {
+    first = gpu::half_to_float(word);
+    second = gpu::half_to_float(word >> 16);
+}
+inline unsigned narrow(float first, float second) {
+    return gpu::float_to_half(first) | (unsigned)gpu::float_to_half(second) << 16;
+}

@@ -1,0 +1,128 @@
+"""The CUDA kernels compiled for every chip, without one: registers, spills, shared memory, instructions."""
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsedm_compile.kernels.cuda.build import compile_cubin, cubin_path
+from sparsedm_compile.kernels.cuda.kernel import program
+from sparsedm_compile.kernels.cuda.tiles import TILES, Tile, choose_tile
+from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.pattern import Pattern
+
+# Shared memory that one block may use, in KB: CUDA C++ programming guide, "technical specifications per compute
+# capability".
+SHARED = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_120": 99}
+
+
+def tool(name):
+    """cuobjdump and nvdisasm come with the CUDA toolkit, or inside Triton."""
+    triton = find_spec("triton")
+    if triton is not None:
+        bundled = Path(triton.submodule_search_locations[0], "backends", "nvidia", "bin", name)
+        if bundled.exists():
+            return str(bundled)
+    return shutil.which(name)
+
+
+needs_nvrtc = pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy's NVRTC")
+needs_tools = pytest.mark.skipif(not (tool("cuobjdump") and tool("nvdisasm")), reason="needs cuobjdump and nvdisasm")
+
+
+def spec(op, dtype=torch.bfloat16):
+    shape = (320, 320) if op == "linear" else (320, 320, 3, 3)
+    padding = (0, 0) if op == "linear" else (1, 1)
+    return LayerSpec(op, shape, Pattern(2, 4), dtype, "cuda", padding=padding)
+
+
+def inspect(cubin, path):
+    path.write_bytes(cubin)
+    usage = subprocess.run([tool("cuobjdump"), "-res-usage", path], check=True, capture_output=True, text=True).stdout
+    sass = subprocess.run([tool("nvdisasm"), "-c", path], check=True, capture_output=True, text=True).stdout
+    return {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}, sass
+
+
+@needs_nvrtc
+@needs_tools
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.tokens}")
+@pytest.mark.parametrize("op", ["linear", "conv2d"])
+def test_compiles_without_spills(arch, tile, op, tmp_path):
+    limit = SHARED[arch] * 1024
+    if not tile.stages(limit):
+        pytest.skip("the tile needs more shared memory than this chip has; it is never chosen there")
+    variant = program(spec(op), tile, limit)
+    usage, sass = inspect(compile_cubin(variant.source, arch, variant.defines), tmp_path / "kernel.cubin")
+    assert usage["STACK"] == 0
+    assert usage["LOCAL"] == 0
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert usage["REG"] * tile.threads * tile.blocks <= 65536
+    assert variant.shared + usage["SHARED"] <= limit + 1024  # the system's kilobyte is not the block's
+    assert variant.shared >= tile.threads // 32 * 32 * (tile.warp_rows + 4) * 4, "the epilogue turns its tiles in it"
+    products = re.findall(r"HMMA\.SP\.\S+", sass)
+    # two instructions of depth 32 a step
+    assert len(products) == 2 * (tile.warp_rows // 16) * (tile.warp_tokens // 8)
+    assert all(".F32.BF16" in product for product in products)
+    assert "LDGSTS.E.BYPASS.128" in sass
+    assert "LDSM.16.M88.4" in sass
+
+
+@needs_nvrtc
+@needs_tools
+def test_float16_has_its_own_instruction(tmp_path):
+    variant = program(spec("linear", torch.float16), TILES[-1], 99 * 1024)
+    _, sass = inspect(compile_cubin(variant.source, "sm_80", variant.defines), tmp_path / "kernel.cubin")
+    assert "HMMA.SP" in sass
+    assert "BF16" not in sass
+
+
+@needs_nvrtc
+def test_compiles_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEDM_CACHE_DIR", str(tmp_path))
+    cubin_path.cache_clear()
+    variant = program(spec("linear"), TILES[-1], 99 * 1024)
+    path = cubin_path(variant.source, "sm_80", variant.defines)
+    assert path.read_bytes()[:4] == b"\x7fELF"
+    cubin_path.cache_clear()
+    path.write_bytes(b"kept")
+    assert cubin_path(variant.source, "sm_80", variant.defines).read_bytes() == b"kept"
+    assert cubin_path(variant.source, "sm_90a", variant.defines) != path
+    cubin_path.cache_clear()
+
+
+@needs_nvrtc
+def test_an_unwritable_cache_costs_a_compilation(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEDM_CACHE_DIR", str(tmp_path / "file"))
+    cubin_path.cache_clear()
+    variant = program(spec("linear"), TILES[-1], 99 * 1024)
+    assert cubin_path(variant.source, "sm_80", variant.defines).exists()
+    assert "not kept" in caplog.text
+    cubin_path.cache_clear()
+
+
+@needs_nvrtc
+def test_a_compilation_error_shows_the_log():
+    with pytest.raises(RuntimeError, match=r"cannot compile mma.cu for sm_80(.|\n)*TILE_M"):
+        compile_cubin("mma.cu", "sm_80", ())
+
+
+def test_small_problems_get_small_tiles():
+    assert choose_tile(1152, 16448, 132, SHARED["sm_90a"] * 1024).rows == 128
+    assert choose_tile(512, 257, 132, SHARED["sm_90a"] * 1024).rows == 64
+    assert choose_tile(4096, 65536, 132, SHARED["sm_90a"] * 1024).tokens == 256
+    assert choose_tile(4096, 65536, 128, SHARED["sm_89"] * 1024).tokens == 128  # the largest does not fit
+
+
+def test_stages_fill_what_the_chip_has():
+    tile = Tile(128, 128, 64, 64, blocks=2, efficiency=1.0)
+    assert tile.stage_bytes == 128 * 32 * 2 + 128 * 64 // 8 + 128 * 64 * 2
+    assert [tile.stages(limit * 1024) for limit in SHARED.values()] == [3, 3, 4, 3]
+    assert tile.stages(48 * 1024) == 0
+    with pytest.raises(ValueError, match="no tile fits into 1000 bytes"):
+        choose_tile(64, 64, 1, 1000)
