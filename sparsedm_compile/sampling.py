@@ -19,6 +19,7 @@ def sample(
     process: VPSDE | None = None,
     solver: str = "dpm-solver++",
     steps: int = 50,
+    clip: float | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -32,6 +33,9 @@ def sample(
             ``"euler-maruyama"``, the stochastic one, with which U-ViT's and SparseDM's code measures pixel models, at
             1000 steps.
         steps: calls of the model.
+        clip: keep the data that each step predicts within ``[-clip, clip]``; 1 for pixels in [-1, 1]. At t = 1 an error
+            of the predicted noise is multiplied by 1 / alpha = 152, and a step never undoes it: without clipping, 1% of
+            the samples of this package's digits model hold pixels of about 30, at 15 steps as at 100.
         generator: of the fresh noise of ``"euler-maruyama"``, on the device of ``noise``.
         progress: show a progress bar.
 
@@ -39,21 +43,30 @@ def sample(
         The shape, dtype and device of ``noise``; not clamped.
 
     Raises:
-        ValueError: an unknown solver, fewer than 2 steps, or a generator that the solver has no use for.
+        ValueError: an unknown solver, fewer than 2 steps, ``clip`` not positive, or a generator that the solver has no
+            use for.
 
-    Sources: Lu et al., "DPM-Solver++", arXiv 2211.01095, algorithm 2; Song et al., arXiv 2011.13456, appendix D
-    (Euler-Maruyama for the reverse SDE).
+    Sources: Lu et al., "DPM-Solver++", arXiv 2211.01095, algorithm 2 (the paper clips too); Song et al.,
+    arXiv 2011.13456, appendix D (Euler-Maruyama for the reverse SDE).
     """
     if solver not in _SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; valid are {', '.join(_SOLVERS)}")
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}; pass None for no clipping")
     if generator is not None and solver == "dpm-solver++":
         raise ValueError("solver 'dpm-solver++' draws no noise: leave generator out, or use 'euler-maruyama'")
     process = process or VPSDE()
 
     def predict(x: Tensor, t: float) -> Tensor:
-        return process.predict_noise(model, x, torch.full((len(x),), t, device=x.device), *condition)
+        times = torch.full((len(x),), t, device=x.device)
+        predicted = process.predict_noise(model, x, times, *condition)
+        if clip is None:
+            return predicted
+        alpha, sigma = process.alpha(times[0]).item(), process.sigma(times[0]).item()
+        clean = ((x - sigma * predicted) / alpha).clamp(-clip, clip)
+        return (x - alpha * clean) / sigma
 
     with torch.no_grad(), tqdm(total=steps, desc="sample", disable=not progress, leave=False) as bar:
         return _SOLVERS[solver](predict, process, noise, steps, generator, bar)

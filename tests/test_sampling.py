@@ -65,6 +65,21 @@ def test_one_call_a_step_without_gradients_and_reproducible(solver):
     assert torch.equal(first, draw())
 
 
+@pytest.mark.parametrize("solver", ["dpm-solver++", "euler-maruyama"])
+def test_clip_changes_only_what_leaves_the_range(solver):
+    x = torch.randn(500, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def draw(clip):
+        generator = None if solver == "dpm-solver++" else torch.Generator().manual_seed(1)
+        return sample(GaussianData(mean=0.0, std=1.0), x, solver=solver, steps=50, clip=clip, generator=generator)
+
+    free, clipped, never = draw(None), draw(1.0), draw(1e6)
+    torch.testing.assert_close(free, never, rtol=1e-4, atol=1e-4)
+    assert free.abs().max() > 2
+    assert clipped.abs().max() < 1.05
+    assert clipped.abs().min() < 0.1  # not merely pushed to the ends
+
+
 def test_condition_is_passed_on():
     class Conditional(nn.Module):
         def forward(self, x, timesteps, y):
@@ -82,6 +97,8 @@ def test_errors():
         sample(model, x, solver="ddim")
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
         sample(model, x, steps=1)
+    with pytest.raises(ValueError, match="clip must be positive, got -1"):
+        sample(model, x, clip=-1)
     with pytest.raises(ValueError, match="leave generator out"):
         sample(model, x, generator=torch.Generator())
     assert math.isfinite(sample(model, x, steps=2).sum())

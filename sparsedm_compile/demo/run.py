@@ -102,7 +102,7 @@ def run_demo(
     seconds: float = 60.0,
     seed: int = 0,
     samples: int = TRAIN_IMAGES,
-    sampling_steps: int = 25,
+    sampling_steps: int = 20,
     speed: bool = True,
     progress: bool = True,
 ) -> DemoResult:
@@ -144,7 +144,7 @@ def run_demo(
     rows: list[ModelFigures] = []
 
     def measure(name: str, model: nn.Module, report: MacsReport) -> None:
-        drawn = sample(model, noise, steps=sampling_steps, progress=progress).clamp(-1, 1)
+        drawn = sample(model, noise, steps=sampling_steps, clip=1.0, progress=progress).clamp(-1, 1)
         pictures[name] = drawn
         distance = pixel_frechet_distance(drawn, test_images)
         # At the batch size of the sampling, so that the compiled model is compiled once.
