@@ -2,6 +2,7 @@
 #   make demo     a pretrained model made 2:4 sparse, fine-tuned, compiled, sampled and timed; some minutes
 #   make test     lint and tests
 #   make bench    kernels and whole models against dense; writes bench/results/
+#   make gpu      what a GPU can show, in nine minutes: right and fast; with the machine's own python3, nothing fetched
 #   make lint     ruff alone
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ RUN := $(BIN)/python -P -m
 INSTALLED := .venv/.installed
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -28,6 +29,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python bench/kernels_cpu.py --seconds 0.5 --json bench/results/kernels_cpu.json
 	$(BIN)/python bench/end_to_end.py
+
+gpu:
+	$(PYTHON) bench/gpu.py $(GPU_FLAGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
