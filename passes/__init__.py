@@ -24,13 +24,16 @@ _INFERENCE_ONLY = {swap_kernels, remove_dropout, fuse_epilogues}
 
 
 def run_passes(lowering: Lowering) -> None:
-    """Lower the graph in place; with the option ``dump_graphs``, write it before and after each pass."""
+    """Lower the graph in place; with the option ``dump_graphs``, write it before and after each pass.
+
+    Passes erase what they leave without a use. ``Graph.eliminate_dead_code`` must not run here: Dynamo's graph may
+    still change tensors in place, and FX takes ``x.mul_(2)`` for dead when nobody reads its result.
+    """
     for position, lower in enumerate(PASSES):
         if lower in _INFERENCE_ONLY and not lowering.inference:
             continue
         _dump(lowering, f"{position}_{lower.__name__}_before")
         lower(lowering)
-        lowering.gm.graph.eliminate_dead_code()
         lowering.gm.graph.lint()
         _dump(lowering, f"{position}_{lower.__name__}_after")
     lowering.gm.recompile()

@@ -31,6 +31,8 @@ def swap_kernels(lowering: Lowering) -> None:
             _use_packed(lowering, layer)
         elif layer.mask is not None:
             _use_masked(lowering, layer)
+        if layer.mask is not None and not layer.mask.users:
+            lowering.gm.graph.erase_node(layer.mask)
 
 
 def _use_masked(lowering: Lowering, layer: LayerNode) -> None:
