@@ -2,7 +2,9 @@
 
     python -m sparsedm_compile.demo.pretrain --out sparsedm_compile/data/digits-uvit.safetensors
 
-COST
+The packaged checkpoint is what this command writes with ``OMP_NUM_THREADS=1`` (other thread counts add up in another
+order): 4,500 steps of 128 images, 450 passes over the training images, in 20 minutes of one Zen 4 core. It is not
+overfitted: its denoising loss is 0.080 on the test images and 0.081 on as many training images.
 """
 
 import argparse
@@ -15,11 +17,12 @@ from torch import Tensor
 from sparsedm_compile.demo.digits import batches, create_model, load_digits, save_model
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.finetune import distillation_loss
+from sparsedm_compile.models import UViT
 from sparsedm_compile.noise import VPSDE
 from sparsedm_compile.training import train
 
 
-def pretrain(steps: int = 6000, seed: int = 0, progress: bool = True):
+def pretrain(steps: int = 4500, seed: int = 0, progress: bool = True) -> tuple[UViT, list[float]]:
     """Train the dense model of the demo from random weights on the training images.
 
     Returns:
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m sparsedm_compile.demo.pretrain", description=pretrain.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     model, losses = pretrain(options.steps, options.seed)
