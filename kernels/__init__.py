@@ -1,11 +1,26 @@
 """Kernels that skip the zeros, one folder per device, each beside a naive oracle."""
 
 from sparsedm_compile.kernels.cpu.kernel import CpuKernel
+from sparsedm_compile.kernels.cuda.kernel import CudaKernel
+from sparsedm_compile.kernels.cusparselt.kernel import CuSparseLtKernel
 from sparsedm_compile.kernels.onednn.kernel import OneDnnKernel
 from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
+from sparsedm_compile.kernels.triton.packed_kernel import TritonPackedKernel
+from sparsedm_compile.kernels.triton.vector_kernel import TritonVectorKernel
 
-_KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuKernel(), OneDnnKernel(), ReferenceKernel())}
+_KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        CpuKernel(),
+        OneDnnKernel(),
+        CuSparseLtKernel(),
+        CudaKernel(),
+        TritonVectorKernel(),
+        TritonPackedKernel(),
+        ReferenceKernel(),
+    )
+}
 
 
 def kernel_names() -> list[str]:

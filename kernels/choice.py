@@ -58,7 +58,10 @@ def choose(spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unu
             _log.warning("kernel %r cannot take %s: %s; dense instead", forced, spec, refusal)
         return Verdict(_NATIVE, f"kernel {forced!r} cannot take it: {refusal}")
 
-    refusals = {name: get_kernel(name).refusal(spec) for name in kernel_names() if name != _REFERENCE}
+    names = [name for name in kernel_names() if name != _REFERENCE and spec.device in get_kernel(name).devices]
+    if not names:
+        return Verdict(_NATIVE, f"no kernel runs on {spec.device}")
+    refusals = {name: get_kernel(name).refusal(spec) for name in names}
     able = [name for name, refusal in refusals.items() if refusal is None]
     sparse = [name for name in able if get_kernel(name).skips_zeros]
     if not able:
@@ -103,7 +106,8 @@ def _measure(spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool
             values, index = kernel.pack(weight, spec)
             run = kernel.linear if spec.op == "linear" else kernel.conv2d
             candidates[name] = lambda run=run, v=values, i=index: run(x, v, i, spec, Epilogue(bias))
-        times = paired_times(candidates, seconds=_BUDGET)
+        synchronize = torch.cuda.synchronize if spec.device == "cuda" else None
+        times = paired_times(candidates, seconds=_BUDGET, synchronize=synchronize)
     busy = any(median(rounds) > _BUSY * min(rounds) for rounds in times.values())
     if busy:
         times = {name: [min(rounds)] for name, rounds in times.items()}

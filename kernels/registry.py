@@ -61,6 +61,8 @@ class Kernel(ABC):
     version: str
     #: False for dense kernels, which take part in the choice as rivals and run where they win
     skips_zeros: bool = True
+    #: types of device that it is for; elsewhere the choice does not ask it
+    devices: tuple[str, ...] = ("cpu", "cuda")
     #: whether an epilogue costs it less than a pass of its own over the output
     fuses: bool = True
 

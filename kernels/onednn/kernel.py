@@ -20,6 +20,7 @@ class OneDnnKernel(Kernel):
 
     name = "onednn"
     version = "1"
+    devices = ("cpu",)
     skips_zeros = False
     fuses = False  # Inductor's own fusion of what follows is as good
 
