@@ -200,12 +200,12 @@ _summaries = {
 def main(arguments: list[str] | None = None) -> int:
     """Run it; the exit status."""
     options = parse(arguments)
-    make_importable()
     try:
         import torch
     except ImportError as error:
         sys.stderr.write(f"gpu: torch cannot be imported: {error}\n")
         return 2
+    make_importable()
     if not torch.cuda.is_available():
         sys.stderr.write(f"gpu: torch {torch.__version__} sees no CUDA device; nothing was measured\n")
         return 2

@@ -50,6 +50,10 @@ def test_says_that_there_is_no_gpu():
     assert done.returncode == 2
     assert "sees no CUDA device; nothing was measured" in done.stderr
     assert not done.stdout
+    # -S: a Python without torch
+    done = subprocess.run([sys.executable, "-S", BENCH / "gpu.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch cannot be imported" in done.stderr
 
 
 @pytest.mark.parametrize(

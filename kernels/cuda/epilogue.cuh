@@ -57,28 +57,31 @@ __device__ __forceinline__ void finish(float (&v)[8], const Epilogue& e, int tok
 template <int ROWS, int COLUMNS>
 constexpr int STAGING = COLUMNS * 8 * (ROWS + 4);
 
-// Turn the accumulators of one warp, ROWS x 8 * COLUMNS tokens as mma leaves them, and finish them.
+// Turn the accumulators of a group of threads, ROWS x 8 * COLUMNS tokens, and finish them.
 //
-// The instruction leaves a lane with features eight apart; memory wants eight neighbours. The way is through
+// The instructions leave a lane with features eight apart; memory wants eight neighbours. The way is through
 // shared memory, a row of ROWS + 4 floats a token: lanes g + 4 t then write to 32 different banks. The loop over what
 // was turned stays a loop: unrolled, the activations would be nine tenths of the machine code.
-template <int ROWS, int COLUMNS>
+//
+// `c` holds the TILES tiles of 16 rows of this warp, which start at `warp_row` of the group's; `sync` is a barrier of
+// the GROUP threads, whose numbers start at a multiple of GROUP.
+template <int ROWS, int COLUMNS, int GROUP, int TILES, class Sync>
 __device__ __forceinline__ void store_columns(
-    const float (*c)[ROWS / 16][4], float* staging, const Epilogue& e, int token, int row
+    const float (*c)[TILES][4], int warp_row, float* staging, const Epilogue& e, int token, int row, Sync sync
 ) {
     constexpr int PITCH = ROWS + 4;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    __syncwarp();
+    sync();
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
-        for (int i = 0; i < ROWS / 16; ++i)
+        for (int i = 0; i < TILES; ++i)
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                staging[(j * 8 + 2 * t + k % 2) * PITCH + i * 16 + g + k / 2 * 8] = c[j][i][k];
-    __syncwarp();
+                staging[(j * 8 + 2 * t + k % 2) * PITCH + warp_row + i * 16 + g + k / 2 * 8] = c[j][i][k];
+    sync();
 #pragma unroll 2
-    for (int chunk = lane; chunk < COLUMNS * ROWS; chunk += 32) {
+    for (int chunk = threadIdx.x % GROUP; chunk < COLUMNS * ROWS; chunk += GROUP) {
         const int column = chunk / (ROWS / 8), first = chunk % (ROWS / 8) * 8;
         const float4 low = *(const float4*)(staging + column * PITCH + first);
         const float4 high = *(const float4*)(staging + column * PITCH + first + 4);

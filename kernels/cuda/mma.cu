@@ -8,37 +8,17 @@
 // CONVOLUTION and, if it is one, WINDOW_H/W, STRIDE_H/W, PADDING_H/W, DILATION_H/W.
 #include "epilogue.cuh"
 #include "patches.cuh"
+#include "weights.cuh"
 
 constexpr int WARPS_M = TILE_M / WARP_M, WARPS_N = TILE_N / WARP_N, THREADS = WARPS_M * WARPS_N * 32;
 constexpr int VALUES = TILE_M * 64, WORDS = TILE_M * 8, ACTIVATIONS = TILE_N * 128;  // bytes of a stage
 constexpr int STAGE = VALUES + WORDS + ACTIVATIONS;
 constexpr int TILES = WARP_M / 16, COLUMNS = WARP_N / 8;
-static_assert(WARP_M % 32 == 0, "two tiles share their metadata words");
 static_assert(COLUMNS % 4 == 0, "the epilogue takes four columns at a time");
-static_assert(TILE_M / 2 <= THREADS, "each thread copies one piece of metadata at most");
-
-// The weights of one step. Rows behind the last block repeat it: they are never stored, and zeros would be invalid
-// metadata.
-__device__ __forceinline__ void copy_weights(
-    unsigned shared, const uint4* values, const uint4* words, int row, int rows, int step, int steps
-) {
-    const int blocks = (rows + 31) / 32;
-#pragma unroll
-    for (int i = 0; i < VALUES / 16 / THREADS; ++i) {
-        const int piece = threadIdx.x + i * THREADS;
-        const int tile = min(row / 16 + piece / 64, blocks * 2 - 1);
-        copy_async(shared + piece * 16, values + ((long long)tile * steps + step) * 64 + piece % 64, true);
-    }
-    if (threadIdx.x < TILE_M / 2) {
-        const int block = min(row / 32 + (int)threadIdx.x / 16, blocks - 1);
-        const uint4* from = words + ((long long)block * steps + step) * 16 + threadIdx.x % 16;
-        copy_async(shared + VALUES + threadIdx.x * 16, from, true);
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_gemm(
     const uint4* values,  // (rows / 16, 2 * steps, 32 lanes) x 16 bytes
-    const uint4* words,   // (rows / 32, 2 * steps, 32 lanes) x 4 bytes
+    const uint4* words,   // (rows / 16, steps, 32 lanes) x 4 bytes
     const void* x,        // (tokens, width), or NHWC
     const uint4* bias, const uint4* residual, uint4* out,  // see Epilogue
     int rows, int tokens, int activation,
@@ -57,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_gemm(
     auto copy_stage = [&](int step) {
         if (step < steps) {
             const unsigned stage = shared + step % STAGES * STAGE;
-            copy_weights(stage, values, words, row, epilogue.rows, step, steps);
+            copy_weights<TILE_M, THREADS>(stage, values, words, row, epilogue.rows, step, steps);
             activations.copy(stage + VALUES + WORDS);
         }
         commit_copies();  // empty groups at the end keep the count
@@ -71,24 +51,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_gemm(
         __syncthreads();  // this step has arrived for all, and all have left the one that is overwritten next
         copy_stage(step + STAGES - 1);
         const unsigned stage = shared + step % STAGES * STAGE;
+        unsigned e[TILES];
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) e[i] = load_shared(stage + VALUES + (warp_m * TILES + i) * 128 + lane * 4);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            unsigned a[TILES][4], e[TILES / 2];
+            unsigned a[TILES][4];
 #pragma unroll
             for (int i = 0; i < TILES; ++i)
                 load_shared(a[i], stage + ((warp_m * TILES + i) * 2 + half) * 512 + lane * 16);
-#pragma unroll
-            for (int i = 0; i < TILES / 2; ++i)
-                e[i] = load_shared(stage + VALUES + ((warp_m * TILES / 2 + i) * 2 + half) * 128 + lane * 4);
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) {
                 unsigned b[4];
                 const int r = warp_n * WARP_N + j * 8 + lane % 8, column = half * 4 + lane / 8;
                 load_matrices(b, stage + VALUES + WORDS + r * 128 + ((column ^ (r % 8)) << 4));
 #pragma unroll
-                for (int i = 0; i < TILES; i += 2) {
-                    multiply_sparse<0>(c[j][i], a[i], b, e[i / 2]);
-                    multiply_sparse<1>(c[j][i + 1], a[i + 1], b, e[i / 2]);
+                for (int i = 0; i < TILES; ++i) {
+                    if (half == 0)
+                        multiply_sparse<0>(c[j][i], a[i], b, e[i]);
+                    else
+                        multiply_sparse<1>(c[j][i], a[i], b, e[i]);
                 }
             }
         }
@@ -100,5 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_gemm(
     float* staging = (float*)memory + warp * STAGING<WARP_M, GROUP>;
 #pragma unroll
     for (int j = 0; j < COLUMNS; j += GROUP)
-        store_columns<WARP_M, GROUP>(c + j, staging, epilogue, token + warp_n * WARP_N + j * 8, row + warp_m * WARP_M);
+        store_columns<WARP_M, GROUP, 32>(
+            c + j, 0, staging, epilogue, token + warp_n * WARP_N + j * 8, row + warp_m * WARP_M, [] { __syncwarp(); }
+        );
 }

@@ -6,16 +6,17 @@ layout, so one packing serves both (PTX ISA, "matrix fragments for sparse mma.m1
 
 Lane ``4 g + t`` holds of a tile, in this order, rows g and g + 8 of stored columns 2t, 2t + 1, then the same rows of
 stored columns 2t + 8, 2t + 9: sixteen bytes, one 128-bit load. Of the four lanes of a quad, t = 0 and 1 hold the
-metadata of an upper tile (sparsity selector 0) and t = 2 and 3 that of the tile below it (selector 1), so 32 rows share
-one word a lane: rows g (low half) and g + 8 (high half), columns 0-15 for even t and 16-31 for odd t.
+metadata of a tile (sparsity selector 0) and t = 2 and 3 that of the tile to its right (selector 1), so 64 columns share
+one word a lane: rows g (low half) and g + 8 (high half), sixteen columns for each t. The two tiles lie side by side and
+not one above the other because the four warps of a ``wgmma`` have one selector: each brings its own rows.
 """
 
 import torch
 from torch import Tensor
 
-#: Rows that share one metadata word; weights are padded to a multiple.
-ROW_BLOCK = 32
-#: Columns are padded to a multiple of the depth of one main-loop step of the kernels, two instructions deep.
+#: Rows of a tile; weights are padded to a multiple.
+ROW_BLOCK = 16
+#: Columns that share a metadata word; they are the depth of one main-loop step of the kernels, too.
 K_BLOCK = 64
 # Of a quad whose two values are padding, the positions 0 and 1: equal positions would be undefined behaviour.
 _PADDING_QUAD = 0b0100
@@ -29,7 +30,7 @@ def padded_shape(rows: int, width: int) -> tuple[int, int]:
 def packed_shapes(rows: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of values and metadata for a ``(rows, K)`` matrix: see :func:`to_fragments`."""
     rows, width = padded_shape(rows, width)
-    return (rows // 16, width // 32, 32, 8), (rows // ROW_BLOCK, width // 32, 32)
+    return (rows // 16, width // 32, 32, 8), (rows // 16, width // K_BLOCK, 32)
 
 
 def to_fragments(values: Tensor, quads: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,8 @@ def to_fragments(values: Tensor, quads: Tensor) -> tuple[Tensor, Tensor]:
         quads: ``(rows, K / 4)`` uint8.
 
     Returns:
-        values ``(rows / 16, K / 32, 32 lanes, 8)`` and metadata words ``(rows / 32, K / 32, 32 lanes)`` int32, rows
-        rounded up to 32 and K to 64 with zeros.
+        values ``(rows / 16, K / 32, 32 lanes, 8)`` and metadata words ``(rows / 16, K / 64, 32 lanes)`` int32, rows
+        rounded up to 16 and K to 64 with zeros.
 
     Raises:
         TypeError: values are not 16 bits wide.
@@ -57,8 +58,8 @@ def to_fragments(values: Tensor, quads: Tensor) -> tuple[Tensor, Tensor]:
     words[: quads.shape[0], : quads.shape[1]] = quads
     # two quads a byte, the earlier one in the low bits
     octets = words[:, 0::2] | words[:, 1::2] << 4
-    # (block, tile, row half, g, k, t % 2, byte) -> (block, k, g, tile, t % 2, row half, byte)
-    octets = octets.reshape(rows // ROW_BLOCK, 2, 2, 8, width // 32, 2, 2).permute(0, 4, 3, 1, 5, 2, 6)
+    # (tile, row half, g, k, t, byte) -> (tile, k, g, t, row half, byte)
+    octets = octets.reshape(rows // 16, 2, 8, width // K_BLOCK, 4, 2).permute(0, 3, 2, 4, 1, 5)
     shapes = packed_shapes(rows, width)
     return tiles.reshape(shapes[0]), octets.reshape(*shapes[1], 4).view(torch.int32).squeeze(-1)
 
@@ -67,7 +68,7 @@ def from_fragments(values: Tensor, words: Tensor, rows: int, width: int) -> tupl
     """The inverse of :func:`to_fragments`: ``(rows, K / 2)`` values and ``(rows, K / 4)`` quads, without padding."""
     tall, wide = padded_shape(rows, width)
     tiles = values.reshape(tall // 16, wide // 32, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 4, 3, 6)
-    octets = words.contiguous().view(torch.uint8).reshape(tall // ROW_BLOCK, wide // 32, 8, 2, 2, 2, 2)
-    octets = octets.permute(0, 3, 5, 2, 1, 4, 6).reshape(tall, wide // 8)
+    octets = words.contiguous().view(torch.uint8).reshape(tall // 16, wide // K_BLOCK, 8, 4, 2, 2)
+    octets = octets.permute(0, 4, 2, 1, 3, 5).reshape(tall, wide // 8)
     quads = torch.stack((octets & 15, octets >> 4), dim=2).reshape(tall, wide // 4)
     return tiles.reshape(tall, wide // 2)[:rows, : width // 2].contiguous(), quads[:rows, : width // 4].contiguous()

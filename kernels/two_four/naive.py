@@ -75,7 +75,7 @@ def matmul(values: Tensor, words: Tensor, x: Tensor) -> Tensor:
                     for i in range(8):
                         k = lane % 4 * 2 + i % 2 + i // 2 * 8
                         b[lane, i] = x[column + (lane >> 2), step * 32 + k]
-                c = mma_sp_m16n8k32(values[tile, step], b, words[tile // 2, step], tile % 2)
+                c = mma_sp_m16n8k32(values[tile, step], b, words[tile, step // 2], step % 2)
                 for lane in range(32):
                     for i in range(4):
                         row = tile * 16 + (lane >> 2) + i // 2 * 8

@@ -43,14 +43,16 @@ def test_every_single_element_lands_where_it_was():
 
 
 def cutlass_words(dense):
-    """torch's reordered metadata as words: ``(blocks of 32 rows, K / 32, 32 lanes)``.
+    """torch's reordered metadata, regrouped from (32 rows, 32 columns) a word to (16 rows, 64 columns).
 
-    It is stored column-major with two 16-bit columns interleaved: a word holds both columns of one reordered row.
+    It is stored column-major with two 16-bit columns interleaved: a word holds both columns of one reordered row. Lanes
+    t = 0, 1 of a quad hold the upper 16 rows and t = 2, 3 the lower ones (CUTLASS alternates the selector over rows).
     """
     _, meta = sparse_semi_structured_from_dense_cutlass(dense)
     rows, columns = meta.shape
     words = meta.reshape(columns // 2, rows, 2).contiguous().view(torch.int32)
-    return words.reshape(columns // 2, rows // 32, 32).permute(1, 0, 2)
+    words = words.reshape(columns // 4, 2, rows // 32, 8, 2, 2)  # k 64, k 32, block, g, tile, t % 2
+    return words.permute(2, 4, 0, 3, 1, 5).reshape(rows // 16, columns // 4, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -82,7 +84,7 @@ def test_unpacks_exactly(rows, width):
 
 def test_padding_is_valid_metadata():
     values, words = pack(torch.randn(8, 8).half())
-    mma_sp_m16n8k32(values[1, 1], torch.zeros(32, 8), words[0, 1], 1)  # raises on equal positions
+    mma_sp_m16n8k32(values[0, 1], torch.zeros(32, 8), words[0, 0], 1)  # raises on equal positions
 
 
 def test_emulator_rejects_equal_positions():
