@@ -84,7 +84,7 @@ class Lowering:
         with graph.inserting_after(inputs[-1]):
             for i, tensor in reversed(list(enumerate(tensors))):
                 node = graph.placeholder(f"{weight.name}_derived{i}_{len(self.derived)}")
-                node.meta["example_value"] = tensor
+                node.meta["example_value"] = _static_fake(tensor)
                 node._dynamo_source = None  # AOTAutograd looks for the attribute on every placeholder
                 torch._dynamo.mark_static_address(tensor, guard=False)
                 nodes.insert(0, node)
@@ -92,3 +92,13 @@ class Lowering:
         self.derived.append(DerivedInput(position, key, build))
         self._placeholders[weight, key] = tuple(nodes)
         return tuple(nodes)
+
+
+def _static_fake(tensor: Tensor) -> Tensor:
+    """The fake tensor of the compilation under way for ``tensor``, with sizes that are numbers.
+
+    AOTAutograd would give symbolic sizes to an input that Dynamo did not announce; a guard on one of them has no source
+    to read it from, and compiling fails. It takes this fake instead, for as long as somebody holds it.
+    """
+    fake_mode = torch._guards.detect_fake_mode()
+    return tensor if fake_mode is None else fake_mode.from_tensor(tensor, static_shapes=True)
