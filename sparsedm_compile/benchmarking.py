@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparsedm_compile.explain import explain
+from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.macs import count_macs
 from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.pattern import Pattern
@@ -154,6 +155,8 @@ def bench_model(
     kwargs = dict(kwargs or {})
     if not patterns:
         raise ValueError("bench_model: patterns is empty; pass at least one, such as '2:4'")
+    if sparse_layers(model):
+        raise ValueError("bench_model: the model is sparse already; pass the dense one, sparse copies are made of it")
     plans = {str(Pattern.parse(pattern)): make_plan(model, pattern, policy, rules) for pattern in patterns}
     counted = {pattern: count_macs(model, *inputs, plan=plan, **kwargs) for pattern, plan in plans.items()}
     synchronize = torch.cuda.synchronize if any(p.is_cuda for p in model.parameters()) else None

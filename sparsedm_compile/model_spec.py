@@ -168,8 +168,6 @@ def _factory(spec: str, module: str, name: str, batch: int | None, device: str) 
     if not callable(factory):
         raise ValueError(f"model {spec!r}: {name!r} is {type(factory).__name__}, not a function that makes a model")
     takes_batch = "batch" in inspect.signature(factory).parameters
-    if batch is not None and not takes_batch:
-        raise ValueError(f"model {spec!r}: the factory takes no argument 'batch', so --batch cannot be heeded")
     try:
         made = factory(**({"batch": batch or 1} if takes_batch else {}))
     except Exception as error:
@@ -183,6 +181,8 @@ def _factory(spec: str, module: str, name: str, batch: int | None, device: str) 
         raise ValueError(f"model {spec!r}: the factory returned {type(model).__name__}, not a model or (model, inputs)")
     if inputs is None:
         return LoadedModel(spec, model, *_known_inputs(spec, model, batch or 1))
+    if batch is not None and not takes_batch:
+        raise ValueError(f"model {spec!r}: the factory makes the inputs but takes no 'batch', so none can be chosen")
     if isinstance(inputs, Mapping):
         return LoadedModel(spec, model, (), dict(inputs))
     return LoadedModel(spec, model, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
