@@ -15,8 +15,8 @@ class EMA:
         model: its parameters at this moment are the start.
         decay: share of the average that an update keeps; 0.9999 in SparseDM and U-ViT.
         warmup: keep only ``min(decay, (1 + k) / (10 + k))`` at update ``k = 1, 2, ...``. Without it, the average of a
-            run much shorter than ``1 / (1 - decay)`` steps stays at its start. The official runs, long as they are, have
-            none.
+            run much shorter than ``1 / (1 - decay)`` steps stays at its start. The official runs, long as they are,
+            have none.
 
     Raises:
         ValueError: not ``0 <= decay < 1``, or a model without parameters.

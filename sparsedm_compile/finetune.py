@@ -181,6 +181,6 @@ def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
     shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in students]
     if shared:
         raise ValueError(
-            f"teacher shares weights with the model ({shared[0]!r}, {len(shared)} in all) and would be trained with it; "
+            f"teacher shares weights with the model ({shared[0]!r}, {len(shared)} in all) and would be trained too; "
             "make it by copy.deepcopy(model) before sparsify"
         )
