@@ -1,8 +1,11 @@
 """The backend of ``torch.compile(backend="sparsedm")``."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, fx
 import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
 from sparsedm_compile.derived import Request, derived_weights
 from sparsedm_compile.masked_weight import mask_out
+from sparsedm_compile.masks import group_scores, magnitude_mask
 from sparsedm_compile.options import parse_options
 from sparsedm_compile.passes import Lowering, run_passes
 
@@ -84,15 +88,23 @@ def sparsedm(
         ValueError, TypeError: options that do not hold (Dynamo wraps them in ``BackendCompilerFailed``).
     """
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.decomposition import decompositions
 
     parsed = parse_options(options, mode)
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     inference = not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     lowering = Lowering(_copy(gm), list(example_inputs), parsed, inference)
     run_passes(lowering)
-    decompositions = select_decomp_table() | {torch.ops.sparsedm.masked_weight.default: mask_out}
-    run = compile_fx(
-        lowering.gm, lowering.example_inputs, config_patches=parsed.inductor, decompositions=decompositions
-    )
+    # In Inductor's own table: with a table passed as an argument it caches no compiled graph on disk.
+    decompositions[torch.ops.sparsedm.masked_weight.default] = mask_out
+    tag = f"{torch.compiler.config.cache_key_tag}sparsedm-{_mask_digest()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        run = compile_fx(lowering.gm, lowering.example_inputs, config_patches=parsed.inductor)
     return CompiledGraph(lowering, run)
+
+
+@cache
+def _mask_digest() -> str:
+    """AOTAutograd's cache on disk knows graphs before they are decomposed: it must not outlive a change of the mask."""
+    sources = (inspect.getsource(function) for function in (mask_out, magnitude_mask, group_scores))
+    return sha256("".join(sources).encode()).hexdigest()[:16]

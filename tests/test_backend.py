@@ -524,6 +524,34 @@ def test_an_option_of_inductor(x, check):
         assert ("at::vec::Vectorized" in "".join(codes)) is fusion
 
 
+def test_compiled_graphs_are_kept_on_disk(x):
+    compiled = torch.compile(blocks(1), backend="sparsedm", options=FORCED)
+    compiled(x)
+    with torch.no_grad():
+        compiled(x)
+    assert counters["inductor"]["fxgraph_cache_bypass"] == 0
+    assert counters["inductor"]["fxgraph_cache_hit"] + counters["inductor"]["fxgraph_cache_miss"] == 2
+
+
+def test_graphs_on_disk_do_not_outlive_a_change_of_the_mask(x, monkeypatch):
+    from sparsedm_compile import backend
+
+    model = nn.Linear(WIDTH, WIDTH, bias=False)
+    sdm.sparsify(model, "2:4")
+    torch.compile(model, backend="sparsedm")(x)
+
+    def another_mask(weight, pattern):
+        return weight * 7
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "mask_out", another_mask)
+    backend._mask_digest.cache_clear()
+    try:
+        torch.testing.assert_close(torch.compile(model, backend="sparsedm")(x), x @ model.weight.T * 7)
+    finally:
+        backend._mask_digest.cache_clear()
+
+
 def test_graph_dumps(tmp_path, x):
     compiled = torch.compile(blocks(1), backend="sparsedm", options={"dump_graphs": str(tmp_path / "all"), **FORCED})
     with torch.no_grad():
