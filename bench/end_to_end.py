@@ -1,12 +1,13 @@
 """Whole models at several patterns against the faster of Inductor and Inductor with freezing, timed in turn.
 
-    python bench/end_to_end.py [--only uvit] [--threads 1] [--seconds 15] [--out bench/results]
+    python bench/end_to_end.py [--only uvit] [--threads 1] [--seconds 30] [--out bench/results]
 
 Writes one JSON a case. The weights are random, which changes no time; the errors are real.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -31,12 +32,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only cases whose name holds this")
     parser.add_argument("--patterns", default=",".join(PATTERNS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=15.0, help="of timing, each model")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of timing, each model")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(stderr=True)
     for name, (model, config, batch, policy) in CASES.items():
         if options.only not in name:
             continue
@@ -53,7 +54,7 @@ def main() -> None:
                 name=loaded.name,
                 progress=lambda step, status=status, name=name: status.update(f"{name}: {step}"),
             )
-        console.print(report)
+        sys.stdout.write(f"{report}\n")
         (options.out / f"{name}.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 
 

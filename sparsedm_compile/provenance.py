@@ -15,7 +15,9 @@ _PACKAGES = ("sparsedm-compile", "torch", "numpy", "diffusers")
 
 
 def provenance() -> dict[str, Any]:
-    """The running command, the date, the processor with the vectors that torch uses, GPUs and versions, for JSON."""
+    """What ran, when and on what, for JSON: ``load`` is the number of processes that wanted a core in the last minute,
+    one or two of a quiet machine; ``vectors`` the widest that torch uses.
+    """
     versions = {}
     for package in _PACKAGES:
         try:
@@ -29,6 +31,7 @@ def provenance() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "gpus": gpus,
         "system": f"{platform.system()} {platform.machine()}",
         "python": ".".join(map(str, sys.version_info[:3])),
