@@ -11,13 +11,13 @@ def vector_naive(x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec) -> T
 
     Args:
         x: ``(rows, in)`` or ``(B, C_in, H, W)``.
-        values: ``(out / v, taps, n, in / m, v)``.
+        values: ``(out / v, taps, in / m, n, v)``.
         index: ``(out / v, taps, n, in / m)``, 16 times the position in the group.
 
     Returns:
         The product alone, float64: ``(rows, out)`` or ``(B, out, H', W')``.
     """
-    blocks, taps, slots, groups, _ = values.shape
+    blocks, taps, groups, slots, _ = values.shape
     out = []
     for block in range(blocks):
         z = 0
@@ -27,7 +27,7 @@ def vector_naive(x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec) -> T
                 for group in range(groups):
                     k = group * spec.pattern.m + int(index[block, tap, slot, group]) // 16
                     column = shifted.select(1, k).double()
-                    z = z + torch.stack([column * float(w) for w in values[block, tap, slot, group]], dim=1)
+                    z = z + torch.stack([column * float(w) for w in values[block, tap, group, slot]], dim=1)
         out.append(z)
     return torch.cat(out, dim=1)
 

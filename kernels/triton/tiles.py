@@ -6,8 +6,8 @@ where about 35 arrive (5.5-8 TB/s over 132 SMs, believed). Such a tile reaches a
 weights, 1.1 of it counted dense, where dense libraries reach 0.65-0.75. 128 x 128 reaches 0.35, so Hopper needs the
 widest tile that fits registers: 128 x 256 in fp32 is 128 of the 255 registers of 256 threads. sm_80 and sm_89 need half
 and a quarter of these bytes a cycle (2,048 and 512-1,024 FLOP), so 128 x 128 is wide enough there. Selecting costs one
-shift and half a byte permutation an operand: the loop of 128 x 192 x 128 is 485 instructions of 8 warps, 970 issue
-cycles of the SM, against 768 of the tensor cores.
+shift and half a byte permutation an operand: the loop of 128 x 256 x 64 is 319 instructions (Triton 3.6), so 8
+warps issue for 640 cycles of the SM where the tensor cores work for 512: below what L2 allows, so it does not bind.
 
 Packed kernel. The weight's bytes are the floor, so what counts is bytes in flight: 4.8 TB/s for 700 ns is 25 KB an SM
 on an H200. 32 channels by 256 unpacked inputs at 2:4 are 9 KB a stage, three of them in flight 27 KB, with room for a
@@ -36,13 +36,18 @@ class Tile:
 
 
 # wgmma and tcgen05: four warps share a product of 64 rows.
-_WIDE = (
-    Tile(128, 256, 64, 8, 4),  # fewest bytes a FLOP; 236 registers
-    Tile(128, 192, 128, 8, 3),  # steps twice as long: half the barriers
+_COMMON = (
     Tile(128, 128, 64, 8, 4),  # two blocks an SM: one multiplies while the other waits
     Tile(64, 128, 128, 4, 3),  # few rows: U-ViT at batch 1 has 257
     Tile(64, 64, 128, 4, 4),  # few rows and few channels: fills the chip
 )
+_WIDE = (
+    Tile(128, 256, 64, 8, 4),  # fewest bytes a FLOP
+    Tile(128, 192, 128, 8, 3),  # steps twice as long: half the barriers
+    *_COMMON,
+)
+# Pixel coordinates take registers: wider or deeper convolution tiles spilled.
+_WIDE_CONV = (Tile(128, 192, 64, 8, 4), *_COMMON)
 # mma.sync: a warp has its own product, so smaller tiles lose less.
 _NARROW = (
     Tile(128, 128, 64, 8, 4),
@@ -52,45 +57,40 @@ _NARROW = (
 )
 _MIN_DEPTH = 16  # of one tensor-core product in 16-bit types
 _SHARE = 7 / 8  # of shared memory for what is counted; the rest for shifts, positions, padding and barriers
-_MAX_PRODUCTS = 8  # strips x kept slots in a step; they are unrolled
+_MAX_SELECTED = 12  # strips x kept inputs of a group: each is code of its own
 
 
-def strip_width(pattern: Pattern, nhwc: bool) -> int:
-    """Channels of one product and one selection, at most: ``v``, unless its epilogue would spill registers.
-
-    Outputs in NCHW have an address for each element, where NHWC has one for eight; beyond 64 channels they spilled.
-    """
-    return min(pattern.v, 128 if nhwc else 64)
-
-
-def vector_tiles(major: int, shared_bytes: int, pattern: Pattern, max_strip: int, out_features: int) -> list[Tile]:
+def vector_tiles(major: int, shared_bytes: int, pattern: Pattern, out_features: int, conv: bool) -> list[Tile]:
     """The tiles worth trying for the vector-wise kernel.
 
     Args:
         major: of the compute capability.
         shared_bytes: that one block may have.
         pattern: of the layer.
-        max_strip: channels of one product at most, see :func:`strip_width`.
         out_features: of the layer; wider tiles are left out.
+        conv: whether the kernel walks a window.
 
     Returns:
         At least one tile. Depth and stages are fitted to the pattern and to shared memory.
     """
     wgmma = major in (9, 10)
+    strip = min(pattern.v, 64)  # channels of one product, as in the kernel
+    least = _MIN_DEPTH * pattern.m // (pattern.n & -pattern.n)  # so many of a group's inputs share a product
     fitted = []
-    for tile in _WIDE if wgmma else _NARROW:
-        depth = max(tile.depth, _MIN_DEPTH * pattern.m)
-        strip = min(max_strip, tile.channels)
-        if tile.channels % strip or tile.channels // strip * pattern.n > _MAX_PRODUCTS:
+    for tile in (_WIDE_CONV if conv else _WIDE) if wgmma else _NARROW:
+        depth = max(tile.depth, least)
+        if tile.channels > max(out_features, strip):
+            continue
+        if tile.channels // strip * pattern.n > _MAX_SELECTED:
             continue
         x_bytes = 2 * depth * tile.rows
         weight_bytes = 2 * depth // pattern.m * pattern.n * tile.channels
         # Weights that wgmma reads while it runs need one buffer more than x, which is in registers by then.
         room = shared_bytes * _SHARE - wgmma * weight_bytes
         stages = _fit_stages(room, x_bytes + weight_bytes, tile.stages)
-        if stages and tile.channels <= max(out_features, strip):
+        if stages:
             fitted.append(replace(tile, depth=depth, stages=stages))
-    return fitted or [Tile(64, max_strip, _MIN_DEPTH * pattern.m, 4, 2)]
+    return fitted or [Tile(64, strip, least, 4, 2)]
 
 
 def packed_tiles(shared_bytes: int, pattern: Pattern, rows: int, item_bytes: int) -> list[Tile]:

@@ -4,9 +4,10 @@
 n / m of the multiplications on any tensor core. The difficulty is x[:, kept]: single 2-byte columns, which no
 asynchronous copy can fetch. So x is copied whole, and the selection happens on the way from shared memory to the
 tensor core: one group of four 16-bit inputs is read as one 64-bit word, and keeping one of the four is one funnel
-shift (SHF.R.S64) by an amount that all rows share. The shifted word is the A operand, in registers, of wgmma (sm_90)
-or mma.sync, so the selection costs no trip through memory. Kept slot s of all groups is one product of depth
-G = (groups in the step); n slots make n products into one accumulator, and no interleaving is needed.
+shift (SHF.R.S64) by an amount that all rows share. The n inputs that a group keeps are neighbours in the product, as
+they are neighbours in a register of the A operand, so joining them is one byte permutation: nothing moves between
+threads, and nothing goes back to memory. On sm_90 Triton keeps eight wgmma in flight this way; one product for each of
+the n, into one accumulator, would wait for each.
 
 x stays as it is (row-major, NHWC): 16-byte copies, no transposed copy, any stride, padding and dilation.
 """
@@ -18,9 +19,25 @@ from sparsedm_compile.kernels.triton.epilogue import activate
 
 
 @triton.jit
+def interleave(parts, COUNT: tl.constexpr):
+    """1, 2, 4 or 8 tensors side by side in new last dimensions, the first one slowest."""
+    if COUNT == 1:
+        joined = parts[0]
+    elif COUNT == 2:
+        joined = tl.join(parts[0], parts[1])
+    elif COUNT == 4:
+        joined = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    else:
+        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+        joined = tl.join(even, odd)
+    return joined
+
+
+@triton.jit
 def vector_kernel(
     x_ptr,  # 32- or 64-bit words of (rows, K) or NHWC
-    values_ptr,  # (N / V, KH * KW, n, groups, V)
+    values_ptr,  # (N / V, KH * KW, groups, n, V)
     shift_ptr,  # (N / V, KH * KW, n, groups) int32: bits from the start of the group
     bias_ptr,
     residual_ptr,  # strides of the output
@@ -39,7 +56,6 @@ def vector_kernel(
     n: tl.constexpr,
     m: tl.constexpr,
     V: tl.constexpr,
-    MAX_STRIP: tl.constexpr,  # channels of one product at most; V is a multiple
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -57,11 +73,13 @@ def vector_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """A tile of BLOCK_M rows by BLOCK_N channels, the latter in strips that share a selection."""
-    STRIP: tl.constexpr = MAX_STRIP if MAX_STRIP < BLOCK_N else BLOCK_N
+    # Channels of one product. Beyond 64, selecting once more is cheaper than the registers that the epilogue needs.
+    STRIP: tl.constexpr = V if V < 64 else 64
     STRIPS: tl.constexpr = BLOCK_N // STRIP
     G: tl.constexpr = BLOCK_K // m
     WORDS: tl.constexpr = m // 4 if m > 4 else 1  # 64-bit words of a group; m = 2 is one 32-bit word
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    JOINED: tl.constexpr = n & -n  # kept inputs of a group in one product: tensor shapes are powers of two
     words_per_row = K8 * 4 if m == 2 else K8 * 2
     groups = words_per_row // WORDS
 
@@ -98,7 +116,9 @@ def vector_kernel(
         row_words = i * words_per_row
         row_out = i * out_pixel
     word_at = row_words[:, None] + g[None, :] * WORDS
-    weight_at = g[:, None] * V + channel[None, :]
+    kept_k = tl.arange(0, G * JOINED)
+    kept_group = kept_k // JOINED
+    weight_at = (kept_group * n + kept_k % JOINED)[:, None] * V + channel[None, :]
 
     accumulators = ()
     for _ in tl.static_range(STRIPS):
@@ -126,16 +146,21 @@ def vector_kernel(
             block = (at // V).to(tl.int64)
             in_block = (at - at // V * V).to(tl.int64)  # not at % V: Triton 3.6 loses the alignment there
             acc = accumulators[strip]
-            for slot in tl.static_range(n):
-                depth = ((block * TAPS + tap) * n + slot) * groups + k
-                shift = tl.load(shift_ptr + depth + g, mask=in_depth, other=0)
-                word = group[0]
-                for other in tl.static_range(1, WORDS):
-                    word = tl.where((shift >= other * 64)[None, :], group[other], word)
-                amount = (shift & 63 if WORDS > 1 else shift)[None, :].to(word.dtype)
-                kept = (word >> amount).to(tl.int16).to(values_ptr.dtype.element_ty, bitcast=True)
-                weight = tl.load(values_ptr + depth * V + in_block + weight_at, mask=in_depth[:, None], other=0.0)
-                acc = tl.dot(kept, weight, acc)
+            depth = (block * TAPS + tap) * groups * n
+            for first_slot in tl.static_range(0, n, JOINED):
+                kept = ()
+                for slot in tl.static_range(first_slot, first_slot + JOINED):
+                    shift = tl.load(shift_ptr + depth + slot * groups + k + g, mask=in_depth, other=0)
+                    word = group[0]
+                    for other in tl.static_range(1, WORDS):
+                        word = tl.where((shift >= other * 64)[None, :], group[other], word)
+                    amount = (shift & 63 if WORDS > 1 else shift)[None, :].to(word.dtype)
+                    kept += ((word >> amount).to(tl.int16),)
+                operand = tl.reshape(interleave(kept, JOINED), (BLOCK_M, G * JOINED))
+                operand = operand.to(values_ptr.dtype.element_ty, bitcast=True)
+                weight_step = values_ptr + (depth + k * n + first_slot) * V + in_block
+                weight = tl.load(weight_step + weight_at, mask=(k + kept_group < groups)[:, None], other=0.0)
+                acc = tl.dot(operand, weight, acc)
             sums += (acc,)
         accumulators = sums
 

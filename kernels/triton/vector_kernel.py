@@ -16,7 +16,7 @@ from sparsedm_compile.kernels.triton.runtime import (
     on_device_of,
     require,
 )
-from sparsedm_compile.kernels.triton.tiles import Tile, strip_width, vector_tiles
+from sparsedm_compile.kernels.triton.tiles import Tile, vector_tiles
 from sparsedm_compile.kernels.triton.tuning import tuned
 from sparsedm_compile.pattern import Pattern
 
@@ -29,8 +29,8 @@ _GROUPS = (2, 4, 8, 16)  # a 32-bit word, or one, two, four 64-bit words of 16-b
 class TritonVectorKernel(Kernel):
     """fp16 and bf16, ``v`` of at least 32: the multiplications that the mask saves are not done, on any tensor core.
 
-    Packed: ``values (out / v, kh * kw, n, in / m, v)`` in the weight's dtype, slot by slot; ``index (out / v, kh *
-    kw, n, in / m)`` int32, the position of each kept input in bits from the start of its group. Why: ``vector.py``.
+    Packed: ``values (out / v, kh * kw, in / m, n, v)`` in the weight's dtype; ``index (out / v, kh * kw, n, in / m)``
+    int32, the position of each kept input in bits from the start of its group. Why: ``vector.py``.
 
     The first call of a shape compiles and times a few tiles (``tiles.py``), so run a layer once before capturing it in
     a CUDA graph; Triton keeps binaries and timings on disk. Later calls neither synchronise nor allocate anything but
@@ -60,22 +60,22 @@ class TritonVectorKernel(Kernel):
     def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         blocks, taps, n, groups, v = _sizes(spec)
         values, position = _PORTABLE.pack(weight, spec)
-        values = values.reshape(blocks, v, groups, n, taps).permute(0, 4, 3, 2, 1)
+        values = values.reshape(blocks, v, groups, n, taps).permute(0, 4, 2, 3, 1)
         shift = position.reshape(blocks, groups, n, taps).permute(0, 3, 2, 1).int() * 16
         # Not contiguous(): it leaves odd strides on dimensions of size one, and a graph is compiled for strides.
         return _contiguous(values), _contiguous(shift)
 
     def empty_packed(self, spec: LayerSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-        *outer, v = _sizes(spec)
+        blocks, taps, n, groups, v = _sizes(spec)
         return (
-            torch.empty(*outer, v, dtype=spec.dtype, device=device),
-            torch.empty(*outer, dtype=torch.int32, device=device),
+            torch.empty(blocks, taps, groups, n, v, dtype=spec.dtype, device=device),
+            torch.empty(blocks, taps, n, groups, dtype=torch.int32, device=device),
         )
 
     def unpack(self, values: Tensor, index: Tensor, spec: LayerSpec) -> Tensor:
         blocks, _, n, groups, v = _sizes(spec)
         window = spec.weight_shape[2:]
-        values = values.permute(0, 4, 3, 2, 1).reshape(blocks * v, groups * n, *window)
+        values = values.permute(0, 4, 2, 3, 1).reshape(blocks * v, groups * n, *window)
         position = (index // 16).to(torch.uint8).permute(0, 3, 2, 1).reshape(blocks, groups * n, *window)
         return _PORTABLE.unpack(values, position, spec)
 
@@ -177,7 +177,6 @@ def _launch(
         "n": spec.pattern.n,
         "m": spec.pattern.m,
         "V": spec.pattern.v,
-        "MAX_STRIP": strip_width(spec.pattern, layout["out_channel"] == 1),
         "KERNEL_H": window[0],
         "KERNEL_W": window[1],
         "STRIDE_H": spec.stride[0],
@@ -197,7 +196,7 @@ def _launch(
 
 
 def _grid(tile: dict[str, Any], rows: int, out_features: int) -> tuple[int]:
-    strip = min(tile["MAX_STRIP"], tile["BLOCK_N"])
+    strip = min(tile["V"], 64)
     strips, strips_a_tile = out_features // strip, tile["BLOCK_N"] // strip
     return (-(-rows // tile["BLOCK_M"]) * -(-strips // strips_a_tile),)
 
@@ -213,7 +212,6 @@ def _program() -> tuple[Any, dict[str, int]]:
         "n",
         "m",
         "V",
-        "MAX_STRIP",
         "KERNEL_H",
         "KERNEL_W",
         "STRIDE_H",
@@ -226,6 +224,5 @@ def _program() -> tuple[Any, dict[str, int]]:
 
 def _tiles(arguments: dict[str, Any], device: Any) -> list[Tile]:
     pattern = Pattern(arguments["n"], arguments["m"], arguments["V"])
-    return vector_tiles(
-        device.major, device.shared_memory_per_block_optin, pattern, arguments["MAX_STRIP"], arguments["N"]
-    )
+    shared_bytes = device.shared_memory_per_block_optin
+    return vector_tiles(device.major, shared_bytes, pattern, arguments["N"], arguments["CONV"])

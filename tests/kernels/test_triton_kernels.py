@@ -15,7 +15,7 @@ import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
 from sparsedm_compile.kernels import LayerSpec, choice, get_kernel
 from sparsedm_compile.kernels.choice import choose
 from sparsedm_compile.kernels.triton import packed_kernel, runtime, vector_kernel
-from sparsedm_compile.kernels.triton.tiles import packed_tiles, strip_width, vector_tiles
+from sparsedm_compile.kernels.triton.tiles import packed_tiles, vector_tiles
 from sparsedm_compile.masks import magnitude_mask_naive
 from sparsedm_compile.pattern import Pattern
 
@@ -234,7 +234,7 @@ def test_the_autotuner_gets_the_tiles_of_the_device(monkeypatch, module):
         "n": 2,
         "m": 4,
         "V": 64,
-        "MAX_STRIP": 64,
+        "CONV": False,
         "N": 4096,
         "rows": 4096,
         "out_ptr": torch.empty(1, dtype=torch.bfloat16),
@@ -249,11 +249,10 @@ def test_the_autotuner_gets_the_tiles_of_the_device(monkeypatch, module):
 @pytest.mark.parametrize("pattern", ["1:2v32", "2:4v32", "2:4v64", "1:4v256", "8:16v32", "1:16v64"])
 def test_vector_tiles_fit(major, pattern):
     p, limit = Pattern.parse(pattern), 99 << 10
-    for nhwc in (True, False):
-        strip = strip_width(p, nhwc)
-        for tile in vector_tiles(major, limit, p, strip, 640):
-            assert tile.depth // p.m >= 16  # depth of a tensor-core product
-            assert tile.channels % min(strip, tile.channels) == 0
+    for conv in (True, False):
+        for tile in vector_tiles(major, limit, p, 640, conv):
+            assert tile.depth // p.m * (p.n & -p.n) >= 16  # depth of a tensor-core product
+            assert tile.channels % min(p.v, 64) == 0
             assert tile.rows >= 64
 
 
