@@ -88,15 +88,17 @@ def sparsedm(
         ValueError, TypeError: options that do not hold (Dynamo wraps them in ``BackendCompilerFailed``).
     """
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import decompositions
+    from torch._inductor.decomposition import decompositions, select_decomp_table
 
     parsed = parse_options(options, mode)
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     inference = not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     lowering = Lowering(_copy(gm), list(example_inputs), parsed, inference)
     run_passes(lowering)
-    # In Inductor's own table: with a table passed as an argument it caches no compiled graph on disk.
-    decompositions[torch.ops.sparsedm.masked_weight.default] = mask_out
+    # In Inductor's own tables: with a table passed as an argument it caches no compiled graph on disk. The second one
+    # is a copy of the first that Inductor made at its first compilation, perhaps before this module was imported.
+    for table in (decompositions, select_decomp_table()):
+        table[torch.ops.sparsedm.masked_weight.default] = mask_out
     tag = f"{torch.compiler.config.cache_key_tag}sparsedm-{_mask_digest()}"
     with torch.compiler.config.patch(cache_key_tag=tag):
         run = compile_fx(lowering.gm, lowering.example_inputs, config_patches=parsed.inductor)
