@@ -18,6 +18,11 @@ class Packer {
       : layout_(layout), weight_(weight), values_(values), index_(index) {}
 
   void pack(int64_t unit, int64_t block) {
+    // OIHW, and K is (tap, c_in), so that the m weights of a choice are neighbours along c_in.
+    const int64_t k0 = layout_.first(block) * layout_.m, k1 = layout_.first(block + 1) * layout_.m;
+    places_.clear();
+    for (int64_t k = k0; k < k1; ++k)
+      places_.push_back(static_cast<int32_t>(k % layout_.channels * layout_.taps + k / layout_.channels));
     if (layout_.pairs()) {
       pack_pairs(unit, block);
     } else {
@@ -26,11 +31,7 @@ class Packer {
   }
 
  private:
-  // OIHW: K is (tap, c_in), so that the m weights of a choice are neighbours along c_in.
-  float at(int64_t channel, int64_t k) const {
-    const int64_t tap = k / layout_.channels, c = k % layout_.channels;
-    return weight_[(channel * layout_.channels + c) * layout_.taps + tap];
-  }
+  const float* channel_weight(int64_t channel) const { return weight_ + channel * layout_.channels * layout_.taps; }
 
   // The rows of this block, ascending, that the channels [channel, channel + v) keep: the n of largest magnitude of every
   // m. Magnitudes are summed over v as a chain of fp32 additions in channel order, as masks.group_scores does; among equals
@@ -39,9 +40,9 @@ class Packer {
     const int64_t n = layout_.n, m = layout_.m;
     for (int64_t choice = layout_.first(block); choice < layout_.first(block + 1); ++choice) {
       float score[32];
-      const int64_t tap = choice * m / layout_.channels, c = choice * m % layout_.channels;
+      const int32_t place = places_[(choice - layout_.first(block)) * m];
       for (int64_t j = 0; j < layout_.v; ++j) {
-        const float* w = weight_ + ((channel + j) * layout_.channels + c) * layout_.taps + tap;
+        const float* w = channel_weight(channel + j) + place;
         for (int64_t i = 0; i < m; ++i) {
           const float magnitude = std::fabs(w[i * layout_.taps]);
           score[i] = j == 0 ? magnitude : score[i] + magnitude;
@@ -62,7 +63,7 @@ class Packer {
   }
 
   void pack_groups(int64_t unit, int64_t block) {
-    const int64_t kept = layout_.kept(block), k0 = layout_.first(block) * layout_.m, together = layout_.together;
+    const int64_t kept = layout_.kept(block), together = layout_.together;
     rows_.resize(kept);
     const int64_t end = std::min((unit + 1) * layout_.groups_per_unit(), layout_.groups());
     int64_t chosen = -1;
@@ -73,7 +74,7 @@ class Packer {
       int16_t* index = index_ + layout_.index_at(block, g);
       for (int64_t i = 0; i < kept; ++i) {
         index[i] = static_cast<int16_t>(rows_[i] * layout_.row_bytes);
-        for (int64_t c = 0; c < together; ++c) values[i * together + c] = at(g * together + c, k0 + rows_[i]);
+        for (int64_t c = 0; c < together; ++c) values[i * together + c] = channel_weight(g * together + c)[places_[rows_[i]]];
       }
     }
   }
@@ -111,7 +112,7 @@ class Packer {
   }
 
   void pack_pairs(int64_t unit, int64_t block) {
-    const int64_t kept = layout_.kept(block), k0 = layout_.first(block) * layout_.m;
+    const int64_t kept = layout_.kept(block);
     const int64_t first = unit * kUnit, channels = std::min(kUnit, layout_.out - first);
     const int64_t words = ((layout_.first(block + 1) - layout_.first(block)) * layout_.m + 63) / 64;
     rows_.resize(channels * kept);
@@ -145,7 +146,7 @@ class Packer {
           const int64_t at_index = shared ? slot : pair.shared + (slot - pair.shared) * 2 + side;
           index[at_index] = static_cast<int16_t>(row * layout_.row_bytes);
           const int64_t channel = side == 0 ? pair.a : pair.b;
-          values[slot * 2 + side] = channel < 0 ? 0.0f : at(first + channel, k0 + row);
+          values[slot * 2 + side] = channel < 0 ? 0.0f : channel_weight(first + channel)[places_[row]];
         }
       }
       std::fill(index + 2 * kept - pair.shared, index + 2 * kept, static_cast<int16_t>(0));
@@ -156,6 +157,7 @@ class Packer {
   const float* weight_;
   float* values_;
   int16_t* index_;
+  std::vector<int32_t> places_;  // of each row of the block, within a channel's weights
   std::vector<int16_t> rows_;
 };
 
