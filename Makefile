@@ -11,7 +11,6 @@ BIN := .venv/bin
 # passes/, which install below sparsedm_compile, from being importable by their folder names.
 RUN := $(BIN)/python -P -m
 INSTALLED := .venv/.installed
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test bench gpu lint clean
 .DELETE_ON_ERROR:
@@ -37,8 +36,7 @@ clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # The user's own torch is kept where it has CUDA: a .pth file shows it to .venv, also out of another virtual environment.
-# Elsewhere the CPU build comes first, so that nothing that needs torch can bring another one; pip looks at the PyTorch
-# project's index only if its configured ones have no CPU build.
+# Elsewhere torch comes first, at the version of constraints.txt, so that nothing that needs torch can bring another one.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
@@ -50,8 +48,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	        > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-user.pth"; \
 	else \
 	    cp constraints.txt .venv/constraints.txt && \
-	    { $(BIN)/pip install -q -c .venv/constraints.txt torch || \
-	      $(BIN)/pip install -q -c .venv/constraints.txt --extra-index-url $(TORCH_CPU_INDEX) torch; }; \
+	    $(BIN)/pip install -q -c .venv/constraints.txt torch; \
 	fi
 	$(BIN)/pip install -q -c .venv/constraints.txt -e '.[test]'
 	@touch $@
