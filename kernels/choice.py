@@ -9,6 +9,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
@@ -69,7 +70,7 @@ def choose(spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unu
     shape = _measured_shape(x)
     if shape is None:
         return Verdict(_NATIVE, "a size of its input is unknown until it runs, so no kernel can be measured on it")
-    nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    nhwc = suggest_memory_format(x) == torch.channels_last
     threads = torch.get_num_threads()
     versions = {name: get_kernel(name).version for name in able}
     key = repr((spec, shape, nhwc, has_bias, threads, versions))
@@ -122,7 +123,8 @@ def _measure(spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool
     best = min(sparse, key=seconds.__getitem__)
     gain, _ = median_ratio(times[best_dense], times[best])
     winner = best if gain >= _MARGIN else best_dense
-    reason = f"{gain:.2f}x the fastest dense ({best_dense})" + (", on a busy machine" if busy else "")
+    at = "x".join(map(str, shape))
+    reason = f"{gain:.2f}x the fastest dense ({best_dense}) at {at}" + (", on a busy machine" if busy else "")
     return Verdict(winner, reason, seconds[best], seconds[best_dense], gain, not busy)
 
 

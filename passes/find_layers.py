@@ -4,11 +4,12 @@ import re
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators that packed layers call)
 from sparsedm_compile.kernels.registry import LayerSpec
 from sparsedm_compile.kernels.verdicts import Verdict
+from sparsedm_compile.passes.effects import may_write
 from sparsedm_compile.passes.lowering import LayerNode, Lowering
 from sparsedm_compile.pattern import DENSE, Pattern
 
@@ -21,12 +22,15 @@ _PACKED = {
 }
 _MASKS = (torch.ops.sparsedm.masked_weight, torch.ops.sparsedm.masked_weight.default)
 _CONV_DEFAULTS = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+#: The reason of a layer whose weight the graph changes; its mask has to stay in the graph.
+WRITTEN = "its weight is changed inside the compiled graph"
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
 def find_layers(lowering: Lowering) -> None:
     """Fill ``lowering.layers``. Changes no node."""
     autocast_inside = any(node.target in _AUTOCAST for node in lowering.gm.graph.nodes)
+    positions = {node: i for i, node in enumerate(lowering.gm.graph.find_nodes(op="placeholder", sort=True))}
     for node in lowering.gm.graph.nodes:
         if node.op == "call_function" and node.target in _PACKED and _is_packed_layer(node):
             lowering.layers.append(_packed_layer(node))
@@ -35,8 +39,8 @@ def find_layers(lowering: Lowering) -> None:
         weight = _argument(node, 1, "weight")
         mask = weight if isinstance(weight, fx.Node) and weight.target in _MASKS else None
         placeholder = mask.args[0] if mask is not None else weight
-        if not isinstance(placeholder, fx.Node) or placeholder.op != "placeholder":
-            continue  # a weight computed in the graph: not a layer
+        if placeholder not in positions or not _is_weight(placeholder, lowering.example_inputs[positions[placeholder]]):
+            continue  # computed in the graph, or an activation that came in from outside: not a layer
         op = _OPS[node.target]
         value = placeholder.meta["example_value"]
         pattern = Pattern.parse(mask.args[1]) if mask is not None else DENSE
@@ -49,7 +53,31 @@ def find_layers(lowering: Lowering) -> None:
             unusual = f"input is {layer_input(node).dtype}, weight is {value.dtype}"
         elif op == "conv2d" and layer_input(node).dim() != 4:
             unusual = "the input is one image without a batch dimension"
+        if _is_written(placeholder):
+            unusual = WRITTEN
         lowering.layers.append(LayerNode(_layer_name(placeholder), node, placeholder, mask, spec, unusual))
+
+
+def _is_weight(placeholder: fx.Node, value: object) -> bool:
+    """Whether the input lasts from call to call: a parameter, or what a packed layer holds in place of one.
+
+    ``F.linear(q, k)`` multiplies two activations. Masking one would be wrong, and packing it costs more than it saves.
+    """
+    return isinstance(value, nn.Parameter) or _source(placeholder).endswith("_buffers['packed_values']")
+
+
+def _is_written(weight: fx.Node) -> bool:
+    """Whether the graph changes the weight, itself or through a view: what was derived before is then stale."""
+    seen, reached = set(), [weight]
+    while reached:
+        for user in reached.pop().users:
+            if user in seen or user.target in _OPS or user.target in _MASKS:
+                continue
+            if may_write(user):
+                return True
+            seen.add(user)
+            reached.append(user)
+    return False
 
 
 def _is_packed_layer(node: fx.Node) -> bool:
@@ -101,9 +129,14 @@ def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
 
 
-def _layer_name(placeholder: fx.Node) -> str:
-    """``blocks.0.attn.qkv`` from the source ``L['self']._modules['blocks']._modules['0']...._parameters['weight']``."""
+def _source(placeholder: fx.Node) -> str:
+    """Where Dynamo found the input, spelled as the Python expression that reads it."""
     source = getattr(placeholder, "_dynamo_source", None) or getattr(placeholder.meta.get("grapharg"), "source", None)
     spelled = getattr(source, "name", "")
-    spelled = spelled() if callable(spelled) else spelled  # a method before torch 2.10, a property since
+    return spelled() if callable(spelled) else spelled  # a method before torch 2.10, a property since
+
+
+def _layer_name(placeholder: fx.Node) -> str:
+    """``blocks.0.attn.qkv`` from the source ``L['self']._modules['blocks']._modules['0']...._parameters['weight']``."""
+    spelled = _source(placeholder)
     return ".".join(re.findall(r"_modules\['([^']+)'\]", spelled)) or placeholder.name

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparsedm_compile.kernels import get_kernel
+from sparsedm_compile.passes.effects import may_write
 from sparsedm_compile.passes.lowering import LayerNode, Lowering
 
 _ADDS = (operator.add, torch.add)
@@ -78,9 +79,7 @@ def _absorb(lowering: Lowering, layer: LayerNode, node: fx.Node, **epilogue) -> 
 def _mutates_between(first: fx.Node, last: fx.Node) -> bool:
     node = first.next
     while node is not last:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or name in ("iadd", "isub", "imul", "itruediv", "setitem") or node.kwargs.get("inplace"):
+        if may_write(node):
             return True
         node = node.next
     return False

@@ -9,7 +9,7 @@ from sparsedm_compile.kernels import get_kernel
 from sparsedm_compile.kernels.choice import choose
 from sparsedm_compile.kernels.registry import LayerSpec
 from sparsedm_compile.masked_weight import mask_out
-from sparsedm_compile.passes.find_layers import layer_bias, layer_input
+from sparsedm_compile.passes.find_layers import WRITTEN, layer_bias, layer_input
 from sparsedm_compile.passes.lowering import LayerNode, Lowering
 
 
@@ -29,7 +29,7 @@ def swap_kernels(lowering: Lowering) -> None:
         )
         if layer.verdict.kernel != "dense":
             _use_packed(lowering, layer)
-        elif layer.mask is not None:
+        elif layer.mask is not None and layer.unusual != WRITTEN:
             _use_masked(lowering, layer)
         if layer.mask is not None and not layer.mask.users:
             lowering.gm.graph.erase_node(layer.mask)

@@ -94,9 +94,9 @@ derived_weights = DerivedWeights()
 def refresh(model: nn.Module) -> None:
     """Forget what was packed from the weights of ``model``, so that the next call packs them anew.
 
-    Needed only after a change that no tensor counter shows: ``weight.data[i, j] = x`` on single elements on the CPU,
-    or any ``weight.data`` arithmetic on a GPU. Ordinary updates (optimizers, ``load_state_dict``, ``copy_``, LoRA
-    fusing on the CPU) are noticed without it.
+    Needed only after a change that no tensor counter shows: through ``weight.data``, of less than a fiftieth of the
+    weight on the CPU (a single element, a row), or of any size on a GPU. Ordinary updates (optimizers,
+    ``load_state_dict``, ``copy_``, LoRA fusing on the CPU) are noticed without it.
 
     Raises:
         TypeError: ``model`` is not a module.

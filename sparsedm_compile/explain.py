@@ -1,5 +1,6 @@
 """``explain``: which kernel ran each layer, how long it takes against dense, and why it was chosen."""
 
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,10 +122,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
 
 def _explanation(model: nn.Module, calls: list[tuple[CompiledGraph, tuple]]) -> Explanation:
-    seen = {}
+    seen = defaultdict(list)
     for graph, args in calls:
         for layer, position in zip(graph.layers, graph.weight_positions, strict=True):
-            seen.setdefault(id(args[position]), (graph, layer))
+            seen[id(args[position])].append((graph, layer))
     plan_reasons = {layer.name: layer.reason for layer in getattr(model, "_sparsedm_plan", ())}
     infos, obstacles = survey(model)
     modules = dict(named_modules(model))
@@ -135,22 +136,26 @@ def _explanation(model: nn.Module, calls: list[tuple[CompiledGraph, tuple]]) -> 
     for info in sorted(infos, key=lambda info: order[info.name]):
         module = modules[info.name]
         weight = module.packed_values if info.name in packed else getattr(module, "weight", None)
-        graph, layer = seen.get(id(weight), (None, None))
+        uses = seen.get(id(weight), [])
+        graph, layer = uses[0] if uses else (None, None)
         verdict = layer.verdict if layer is not None else None
         pattern = str(layer.spec.pattern) if layer is not None else "dense"
         why_dense = plan_reasons.get(info.name) or (layer.dense_reason if layer else "") or "not sparsified"
-        if info.name in obstacles:
+        if layer is None and info.name in obstacles:
             kernel, reason = "dense", obstacles[info.name]
         elif layer is None:
             kernel, reason = _NOT_RUN, "no compiled graph used this layer"
         elif info.name in packed:
-            kernel, pattern, reason = module.kernel, module.pattern, "packed"
+            kernel, pattern, reason = verdict.kernel, module.pattern, module.reason
         elif not graph.inference and layer.mask is not None:
             kernel, reason = "dense", "training graph: the mask is fused by Inductor; sparse kernels run under no_grad"
         elif layer.mask is None:
             kernel, reason = (verdict.kernel if verdict else "dense"), why_dense
         else:
             kernel, reason = verdict.kernel, verdict.reason
+        kernels = list(dict.fromkeys(use.verdict.kernel for _, use in uses if use.verdict is not None))
+        if len(kernels) > 1:
+            kernel, reason = ", ".join(kernels), f"{len(uses)} calls; the first: {reason}"
         reports.append(
             LayerReport(
                 info.name,

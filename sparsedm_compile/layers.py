@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparsedm_compile.derived import Request, derived_weights
 from sparsedm_compile.masked_weight import mask_out, masked_weight
@@ -26,8 +27,10 @@ def effective_weight(weight: Tensor, pattern: str) -> Tensor:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether the tensor has memory of its own to look at: no subclass, no functorch wrapper, not on meta."""
+    """Whether the tensor has memory of its own to look at, and nobody traces what is done with it."""
     if type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":
+        return False
+    if torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
@@ -35,6 +38,7 @@ def _is_plain(weight: Tensor) -> bool:
 class _Sparse:
     """The pattern of a layer, as its spelling: Dynamo guards strings by value (see masked_weight.py)."""
 
+    carries_pattern = True
     pattern: str = "dense"
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):

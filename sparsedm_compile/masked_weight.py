@@ -47,8 +47,7 @@ def masked_weight(weight: Tensor, pattern: "str | Pattern") -> Tensor:
     """Apply the magnitude mask of ``pattern`` to ``weight``; gradients pass straight through (STE).
 
     The mask is recomputed from the weight at every call, as in SparseDM (arXiv 2404.10445, section 3). The SR-STE
-    decay is
-    not part of this gradient: see :class:`sparsedm_compile.SRSTE`.
+    decay is not part of this gradient: see :class:`sparsedm_compile.SRSTE`.
 
     Args:
         weight: ``(out, in)`` or ``(C_out, C_in / groups, kh, kw)``, any real floating dtype.

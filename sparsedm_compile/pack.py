@@ -18,7 +18,7 @@ from sparsedm_compile.sparsify import check_weight
 
 _PACKED_TYPES = {SparseLinear: PackedLinear, SparseConv2d: PackedConv2d}
 _DENSE_TYPES = {SparseLinear: nn.Linear, SparseConv2d: nn.Conv2d}
-# Without a measurement: below this width sparse kernels have been seen to lose (KERNELS, convolutions).
+# Without a measurement: convolutions narrower than this have been seen to lose on a CPU (0.65-0.8 of dense).
 _NARROW = 32
 
 
@@ -73,9 +73,8 @@ def pack(model: nn.Module, *inputs: Any, **kwargs: Any) -> PackReport:
     Args:
         model: sparsified. Layers whose pattern is dense become plain layers again.
         inputs, kwargs: of one call; then the kernel of each layer is the one that :func:`explain` measured to be
-            fastest, and
-            layers that dense runs faster keep their masked weight unpacked. Without inputs every layer that a sparse
-            kernel can take is packed, except narrow ones.
+            fastest, and layers that dense runs faster keep their masked weight unpacked. Without inputs every layer
+            that a sparse kernel can take is packed, except narrow ones.
 
     Returns:
         Per layer, kernel and bytes.
@@ -110,6 +109,9 @@ def pack(model: nn.Module, *inputs: Any, **kwargs: Any) -> PackReport:
         del layer.weight
         layer.__class__ = packed_type
         layer.weight_shape = tuple(weight.shape)
+        layer.preferred = chosen[name]
+        why = measured[name].reason if measured else "not measured: pack(model, *inputs) would"
+        layer.reason = f"packed; {why}"
         layer.adopt(weight.detach(), chosen[name])
         layer.requires_grad_(False).eval()
         size = sum(tensor.numel() * tensor.element_size() for tensor in (layer.packed_values, layer.packed_index))

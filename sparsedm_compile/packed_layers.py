@@ -21,20 +21,24 @@ class _Packed(nn.Module):
     """A packed layer.
 
     In memory the weight lies in the layout of its kernel. ``state_dict`` holds the portable form whatever the kernel,
-    so it
-    loads on another machine: ``weight_values`` (kept weights in order), ``weight_index`` (uint8, position in the
+    so it loads on another machine: ``weight_values`` (kept weights in order), ``weight_index`` (uint8, position in the
     group) and ``weight_pattern`` (int64: n, m, v).
 
     Attributes:
         pattern: its spelling.
         kernel: the kernel whose layout ``packed_values`` and ``packed_index`` are in; ``"dense"`` where dense won.
         weight_shape: of the weight that was packed.
+        preferred: the kernel that ``pack`` chose; moved to a dtype or device that it does not take, the layer is
+            ``"dense"`` until it moves back.
+        reason: why this kernel.
     """
 
     kind: str
     pattern: str
     kernel: str
     weight_shape: tuple[int, ...]
+    preferred: str
+    reason: str
     packed_values: Tensor
     packed_index: Tensor
 
@@ -56,8 +60,9 @@ class _Packed(nn.Module):
         self.register_buffer("packed_values", values, persistent=False)
         self.register_buffer("packed_index", index, persistent=False)
 
-    def _adopt_if_able(self, weight: Tensor, kernel: str) -> None:
-        able = kernel in kernel_names() and get_kernel(kernel).refusal(self._spec(weight.dtype, weight.device)) is None
+    def _adopt_preferred(self, weight: Tensor) -> None:
+        kernel, spec = self.preferred, self._spec(weight.dtype, weight.device)
+        able = kernel in kernel_names() and get_kernel(kernel).refusal(spec) is None
         self.adopt(weight, kernel if able else _DENSE)
 
     def unpack(self) -> Tensor:
@@ -66,15 +71,15 @@ class _Packed(nn.Module):
             return self.packed_values
         return get_kernel(self.kernel).unpack(self.packed_values, self.packed_index, self.spec())
 
-    def train(self, mode: bool = True) -> nn.Module:
-        """Refused for ``mode=True``: a packed weight has no gradient.
-
-        Raises:
-            RuntimeError: always, when ``mode`` is True.
-        """
-        if mode:
-            raise RuntimeError("a packed model cannot be trained: train the sparsified model, then pack it again")
-        return super().train(mode)
+    def _check_use(self, input: Tensor) -> Tensor:
+        """Refuse training; under autocast, bring the input to the dtype that the weight was packed in."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a packed model cannot be trained: call model.eval() to use it; to train, take the sparsified model, "
+                "then pack it again"
+            )
+        autocast = self.kernel != _DENSE and torch.is_autocast_enabled(input.device.type)
+        return input.to(self.packed_values.dtype) if autocast else input
 
     def extra_repr(self) -> str:
         return f"{self.kind}, weight={tuple(self.weight_shape)}, pattern={self.pattern!r}, kernel={self.kernel!r}"
@@ -85,10 +90,10 @@ class _Packed(nn.Module):
         if (probe.dtype, probe.device) == (held.dtype, held.device):
             return super()._apply(fn, recurse)
         # A layout belongs to one dtype and device: unpack, move, pack for the new place.
-        weight, kernel = fn(self.unpack()), self.kernel
+        weight = fn(self.unpack())
         del self.packed_values, self.packed_index
         super()._apply(fn, recurse)
-        self._adopt_if_able(weight, kernel)
+        self._adopt_preferred(weight)
         return self
 
     def __getstate__(self) -> dict:
@@ -100,7 +105,7 @@ class _Packed(nn.Module):
         values, index = state.pop("_portable")
         super().__setstate__(state)
         spec = self._spec(values.dtype, values.device)
-        self._adopt_if_able(_PORTABLE.unpack(values, index, spec), self.kernel)
+        self._adopt_preferred(_PORTABLE.unpack(values, index, spec))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -146,6 +151,7 @@ class PackedLinear(_Packed):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
+        input = self._check_use(input)
         if self.kernel == _DENSE:
             return F.linear(input, self.packed_values, self.bias)
         return torch.ops.sparsedm.linear(
@@ -170,6 +176,7 @@ class PackedConv2d(_Packed):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+        input = self._check_use(input)
         stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
         if self._pads_first:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

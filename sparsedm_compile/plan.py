@@ -34,8 +34,7 @@ class PlanLayer(LayerInfo):
         pattern: what it computes with.
         reason: why it is dense; empty for a sparse layer.
         switchable: whether policy or rules selected it, so that ``set_pattern`` may change its pattern later, also
-            where
-            this one does not fit its shape.
+            where this one does not fit its shape.
     """
 
     pattern: Pattern = DENSE

@@ -124,7 +124,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if base is None:
         return f"{type(module).__name__} has no sparse kernel"
     # Sparse layers are subclasses too, but by definition they can be sparse.
-    if type(module) is not base and not hasattr(module, "pattern"):
+    if type(module) is not base and not getattr(type(module), "carries_pattern", False):
         return f"{type(module).__name__} is a subclass of {base.__name__} with a forward or weight of its own"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed by a hook (weight_norm), not a parameter"

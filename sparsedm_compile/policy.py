@@ -12,7 +12,7 @@ _ModelPolicy = Callable[[Sequence[LayerInfo]], dict[str, str]]
 
 # The smallest width at which a sparse layer has ever been seen to win; below it a layer is cheap anyway.
 _TINY = 32
-_EMBEDDING = re.compile(r"emb|(^|[._])(time|pos|label|class|caption)[._]|timestep")
+_EMBEDDING = re.compile(r"embed|(^|[._])emb([._]|$)|(^|[._])(time|pos|label|class|caption)[._]|timestep")
 # An ancestor that is numbered or called a block: "down_blocks.0.", "mid_block.", "layers.3.".
 _IN_BLOCK = re.compile(r"(^|\.)(\d+|[^.]*(block|layer)[^.]*)\..")
 

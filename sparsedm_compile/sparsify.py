@@ -40,8 +40,7 @@ def sparsify(
 
     Raises:
         ValueError: unknown pattern, policy or rule; the model is already sparse, or on meta; weights that are not
-        finite;
-            no layer takes the pattern; one weight shared by layers of different patterns.
+            finite; no layer takes the pattern; one weight shared by layers of different patterns.
         TypeError: not a module; weights that are not float32, bfloat16 or float16.
         In every case the model is left as it was.
 

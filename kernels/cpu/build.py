@@ -61,11 +61,18 @@ def _fingerprint(compiler: str) -> str:
     """
     digest = hashlib.sha256()
     digest.update(_run([compiler, *_flags(), "-x", "c++", "-dM", "-E", os.devnull]).encode())
-    digest.update(repr((_flags(), torch.__version__)).encode())
+    digest.update(repr((_flags(), torch.__version__, source_digest())).encode())
+    return digest.hexdigest()[:20]
+
+
+@functools.cache
+def source_digest() -> str:
+    """Names the C++ sources: what is compiled from other ones may run, and pack, differently."""
+    digest = hashlib.sha256()
     for path in sorted(_SOURCE.parent.iterdir()):
         if path.suffix in {".cpp", ".h"}:
             digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:20]
+    return digest.hexdigest()[:16]
 
 
 def compile_library() -> Path:

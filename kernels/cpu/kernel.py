@@ -20,7 +20,7 @@ class CpuKernel(Kernel):
     """
 
     name = "cpu"
-    version = "1"
+    version = build.source_digest()
     devices = ("cpu",)
 
     def refusal(self, spec: LayerSpec) -> str | None:

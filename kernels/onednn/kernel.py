@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from sparsedm_compile.kernels.reference.kernel import apply_epilogue
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
@@ -59,6 +60,5 @@ class OneDnnKernel(Kernel):
             x, values, epilogue.bias, spec.padding, spec.stride, spec.dilation, spec.groups, "none", [], ""
         )
         # oneDNN answers in channels_last for any input; dense conv2d answers in the input's own format.
-        nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        out = out.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+        out = out.contiguous(memory_format=suggest_memory_format(x))
         return apply_epilogue(out, epilogue)
