@@ -17,14 +17,20 @@ namespace sparsedm {
 constexpr int kPanelBytes = 24 * 1024;
 // Output channels are handled in units, so that work can be cut between threads at fixed places.
 constexpr int64_t kUnit = 128;
-constexpr bool kManyRegisters = kBytes == 64 || kBytes == 16;  // 32 registers (AVX-512, NEON), not 16
+// 4 channels x 3 vectors and their weights need 17 registers: with the 16 of AVX2 they spill (52 GFLOP/s where 2 x 6 reach
+// 111), so there channels go by twos whatever v is.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kMostTogether = 4;
+#else
+constexpr int64_t kMostTogether = 2;
+#endif
 
 // How `channels` output channels that share their rows are computed at once. `vectors` registers of tokens for each.
 // Measured on Zen 4 (GFLOP/s of 115.7, AVX-512): 2 channels x 6 vectors 115, 4 x 3 117; one channel alone 91 whatever
 // its width, because every multiplication then needs its own load.
 template <int channels>
 struct Tile {
-  static constexpr int vectors = channels == 2 ? 6 : (kBytes == 64 ? 3 : kManyRegisters ? 6 : 3);
+  static constexpr int vectors = 12 / channels;
   static constexpr int tokens = vectors * kWidth;
   static constexpr int row_bytes = tokens * static_cast<int>(sizeof(float));
   static constexpr int rows = std::min(kPanelBytes / row_bytes, 256);
@@ -42,7 +48,7 @@ struct Layout {
   int64_t blocks;
 
   Layout(int64_t n_, int64_t m_, int64_t v_, int64_t out_, int64_t channels_, int64_t taps_)
-      : n(n_), m(m_), v(v_), out(out_), channels(channels_), taps(taps_), together(v_ >= 4 ? 4 : 2) {
+      : n(n_), m(m_), v(v_), out(out_), channels(channels_), taps(taps_), together(v_ >= 4 ? kMostTogether : 2) {
     row_bytes = together == 4 ? Tile<4>::row_bytes : Tile<2>::row_bytes;
     const int64_t rows = together == 4 ? Tile<4>::rows : Tile<2>::rows;
     const int64_t most = std::max<int64_t>(rows / m, 1);
