@@ -140,7 +140,8 @@ def tiles(banned: set[str]) -> Iterator[Record]:
             raise Skipped(f"cuda: {refusal}")
         for batch in BATCHES:
             x = torch.randn(batch * layer.tokens, layer.width, device="cuda", dtype=torch.bfloat16)
-            limit = cuda.chip(x.device).shared_limit
+            chip = cuda.chip(x.device)
+            limit = chip.shared_limit
             packed = kernel.pack(torch.randn(spec.weight_shape, device="cuda", dtype=x.dtype), spec)
 
             def forced(tile, x=x, packed=packed, spec=spec, limit=limit):
@@ -148,14 +149,19 @@ def tiles(banned: set[str]) -> Iterator[Record]:
                 with patch.object(cuda, "_plan", lambda *_: plan):
                     return kernel.linear(x, *packed, spec, Epilogue())
 
-            candidates = {f"{t.rows}x{t.tokens}": lambda t=t: forced(t) for t in TILES if t.stages(limit)}
+            fitting = [t for t in TILES if t.arch in (None, chip.arch) and t.stages(limit)]
+            candidates = {_name(t): lambda t=t: forced(t) for t in fitting}
             chosen = cuda._plan(spec, x.shape[0], x.device)[1]
             yield {
                 "layer": layer.name,
                 "batch": batch,
-                "chosen": f"{chosen.rows}x{chosen.tokens}",
+                "chosen": _name(chosen),
                 "times": race(candidates),
             }
+
+
+def _name(tile) -> str:
+    return f"{tile.source.removesuffix('.cu')} {tile.rows}x{tile.tokens}"
 
 
 def grid(banned: set[str]) -> Iterator[Record]:

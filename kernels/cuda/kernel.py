@@ -21,6 +21,8 @@ _LARGEST_OFFSET = 8192  # positions in an image are 16-bit numbers in the kernel
 class CudaKernel(Kernel):
     """bfloat16 and float16 on GPUs since Ampere; patterns that fit into 2:4; convolutions of one group, any window.
 
+    ``wgmma.cu`` is for Hopper, ``mma.cu`` for the others and for small shapes.
+
     A convolution is an implicit product: patches are gathered from the NHWC image on their way into shared memory.
     Bias, activation and residual are applied in fp32 to the accumulators, rounded once.
 
@@ -115,13 +117,13 @@ def program(spec: LayerSpec, tile: Tile, shared_limit: int) -> Program:
             "DILATION": spec.dilation,
         }
         defines |= {f"{name}_{side}": n for name, pair in pairs.items() for side, n in zip("HW", pair, strict=True)}
-    return Program("mma.cu", tuple(defines.items()), tile.threads, stages * tile.stage_bytes)
+    return Program(tile.source, tuple(defines.items()), tile.threads, stages * tile.stage_bytes)
 
 
 @lru_cache(maxsize=4096)
 def _plan(spec: LayerSpec, tokens: int, device: torch.device) -> tuple[Program, Tile]:
     gpu = chip(device)
-    tile = choose_tile(spec.weight_shape[0], tokens, gpu.multiprocessors, gpu.shared_limit)
+    tile = choose_tile(spec.weight_shape[0], tokens, gpu.arch, gpu.multiprocessors, gpu.shared_limit)
     return program(spec, tile, gpu.shared_limit), tile
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sparsedm_compile.kernels.cuda import kernel as module
 from sparsedm_compile.kernels.cuda.kernel import CudaKernel, program
 from sparsedm_compile.kernels.cuda.launch import Chip
-from sparsedm_compile.kernels.cuda.tiles import TILES
+from sparsedm_compile.kernels.cuda.tiles import MMA_TILES, WGMMA_TILES
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
 from sparsedm_compile.masks import magnitude_mask_naive
 from sparsedm_compile.pattern import Pattern
@@ -21,7 +21,8 @@ emulator = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(emulator)
 
 KERNEL = CudaKernel()
-LARGE, MEDIUM, SMALL = TILES
+LARGE, MEDIUM, SMALL = MMA_TILES
+WIDE, NARROW = WGMMA_TILES
 ACTIVATIONS = {
     "none": lambda y: y,
     "gelu": F.gelu,
@@ -84,12 +85,12 @@ def test_single_elements_land_where_they_were(emulated):
         assert torch.equal(KERNEL.linear(x, *KERNEL.pack(weight, s), s, Epilogue()), expected)
 
 
-@pytest.mark.parametrize(("tile", "limit"), [(SMALL, 163 * 1024), (MEDIUM, 99 * 1024), (LARGE, 227 * 1024)])
+@pytest.mark.parametrize(("tile", "limit"), [(SMALL, 163), (MEDIUM, 99), (LARGE, 227), (WIDE, 227), (NARROW, 227)])
 @pytest.mark.parametrize("lazy", [True, False])
 def test_every_tile_with_copies_late_and_early(emulated, tile, limit, lazy):
-    emulated(tile, limit, lazy)
-    s = spec((136, 328))
-    weight, x = torch.randn(136, 328).bfloat16(), torch.randn(130, 328).bfloat16()
+    emulated(tile, limit * 1024, lazy)
+    s = spec((136, 312))
+    weight, x = torch.randn(136, 312).bfloat16(), torch.randn(130, 312).bfloat16()
     out = KERNEL.linear(x, *KERNEL.pack(weight, s), s, Epilogue())
     close(out, x.double() @ masked(weight).T)
 
@@ -164,7 +165,7 @@ def test_a_nan_goes_where_dense_takes_it_and_no_further(emulated):
 def test_convolution_with_every_tile(emulated):
     shape, conv = (136, 64, 3, 3), {"padding": (1, 1)}
     weight, x = torch.randn(shape).half(), torch.randn(1, 64, 12, 11).half()
-    for tile, lazy in ((MEDIUM, True), (LARGE, False)):
+    for tile, lazy in ((MEDIUM, True), (LARGE, False), (WIDE, False), (NARROW, True)):
         emulated(tile, 227 * 1024, lazy)
         s = spec(shape, dtype=torch.float16, **conv)
         close(KERNEL.conv2d(x, *KERNEL.pack(weight, s), s, Epilogue()), F.conv2d(x.double(), masked(weight), padding=1))

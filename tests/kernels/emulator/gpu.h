@@ -1,9 +1,11 @@
 // A GPU on the CPU: runs a kernel's own source, thread by thread, with the instructions of tensor_core.cuh emulated.
 //
-// Threads are fibers. One runs until it meets its warp (ldmatrix, mma) or its block (__syncthreads) and is then parked;
-// a warp runs until it waits for its block, so a missing barrier shows: warp 0 is always far ahead. Asynchronous copies land either at once or only when they
-// are waited for; a kernel must be right both ways. Shared memory starts as NaN. Every copy is checked against the
-// buffers that the caller declared, every matrix load against bank conflicts.
+// Threads are fibers. One runs until it meets its warp (ldmatrix, mma), its warpgroup (wgmma) or its block
+// (__syncthreads) and is then parked; a warp runs until it waits for others, four warps until they wait for their block,
+// so a missing barrier shows: warp 0 is always far ahead. Asynchronous copies land either at once or only when they are
+// waited for, and so do a warpgroup's products; a kernel must be right both ways. Shared memory starts as NaN. Every
+// copy is checked against the buffers that the caller declared, every matrix load against bank conflicts, every piece
+// that wgmma reads for the fence that its copy needs.
 #pragma once
 #include <ucontext.h>
 
@@ -19,6 +21,7 @@
 #include <vector>
 
 #define SPARSEDM_TENSOR_CORE
+#define SPARSEDM_WARPGROUP
 #define __device__
 #define __global__
 #define __shared__
@@ -76,7 +79,7 @@ struct Copy {
 struct Meeting {
     int arrived = 0, generation = 0;
     const char* name = nullptr;
-    void* operands[32];
+    void* operands[128];
 };
 struct Thread {
     ucontext_t context;
@@ -86,10 +89,18 @@ struct Thread {
     int since = 0;
     std::vector<Copy> open;                // copies of the group that is being filled
     std::deque<std::vector<Copy>> groups;  // committed ones
+    std::vector<unsigned> unfenced;        // pieces that landed since this thread's last fence
 };
 
 inline std::vector<Thread> threads;
+struct Warpgroup {
+    Meeting meeting;
+    std::vector<std::function<void()>> open;                // products of the group that is being filled
+    std::deque<std::vector<std::function<void()>>> groups;  // committed ones
+};
+
 inline std::vector<Meeting> warps;
+inline std::vector<Warpgroup> warpgroups;
 inline Meeting block;
 inline int current;
 inline ucontext_t scheduler;
@@ -131,7 +142,11 @@ inline char* at(unsigned shared, int bytes) {
     return memory + shared;
 }
 
+inline bool fenced[sizeof memory / 16];  // whether the tensor cores see what was copied to a piece of 16 bytes
+
 inline void land(const Copy& copy) {
+    fenced[copy.shared / 16] = false;
+    threads[current].unfenced.push_back(copy.shared);
     if (copy.valid)
         memcpy(at(copy.shared, 16), copy.global, 16);
     else
@@ -148,6 +163,8 @@ inline void run_block(int count) {
     std::fill(memory, memory + sizeof memory, (char)0xff);  // NaN in every floating-point type
     threads = std::vector<Thread>(count);
     warps.assign(count / 32, {});
+    warpgroups = std::vector<Warpgroup>(count / 128);
+    std::fill(fenced, fenced + sizeof fenced, true);
     block = {};
     for (Thread& t : threads) {
         t.stack.reset(new char[1 << 17]);
@@ -157,20 +174,26 @@ inline void run_block(int count) {
         t.context.uc_link = nullptr;
         makecontext(&t.context, enter, 0);
     }
-    for (int left = count; left && error.empty();) {
-        left = 0;
+    // Run the threads from `first` on, once each; whether any of them moved.
+    const auto run = [](int first, int number) {
         bool moved = false;
-        for (int warp = 0; warp < count / 32; ++warp)
-            for (bool again = true; again && error.empty();) {
+        for (current = first; current < first + number; ++current) {
+            if (threads[current].done || stuck(threads[current])) continue;
+            threadIdx = {current, 0, 0};
+            swapcontext(&scheduler, &threads[current].context);
+            moved = true;
+        }
+        return moved;
+    };
+    for (int left = count; left && error.empty();) {
+        bool moved = false;
+        for (int group = 0; group < count; group += 128)
+            for (bool again = true; again && error.empty(); moved |= again) {
                 again = false;
-                for (current = warp * 32; current < warp * 32 + 32; ++current) {
-                    if (threads[current].done || stuck(threads[current])) continue;
-                    threadIdx = {current, 0, 0};
-                    swapcontext(&scheduler, &threads[current].context);
-                    again = moved = true;
-                }
+                for (int warp = group; warp < min(group + 128, count); warp += 32)
+                    while (error.empty() && run(warp, 32)) again = true;
             }
-        for (const Thread& t : threads) left += !t.done;
+        left = std::count_if(threads.begin(), threads.end(), [](const Thread& t) { return !t.done; });
         if (left && !moved) fail("deadlock");
     }
 }
@@ -299,4 +322,101 @@ inline void widen(unsigned word, float& first, float& second) {
 }
 inline unsigned narrow(float first, float second) {
     return gpu::float_to_half(first) | (unsigned)gpu::float_to_half(second) << 16;
+}
+
+inline void show_to_tensor_cores() {
+    auto& t = gpu::threads[gpu::current];
+    for (unsigned shared : t.unfenced) gpu::fenced[shared / 16] = true;
+    t.unfenced.clear();
+}
+
+namespace gpu {
+
+template <class Operands>
+void warpgroup_meets(const char* name, Operands& mine, const std::function<void(Warpgroup&)>& act) {
+    Warpgroup& group = warpgroups[threadIdx.x / 128];
+    meet(group.meeting, 128, name, threadIdx.x % 128, &mine, [&] { act(group); });
+}
+
+}  // namespace gpu
+
+inline void sync_warpgroup() {
+    int nothing;
+    gpu::warpgroup_meets("sync_warpgroup", nothing, [](gpu::Warpgroup&) {});
+}
+inline void begin_products() {}
+inline void commit_products() {
+    int nothing;
+    gpu::warpgroup_meets("commit_products", nothing, [](gpu::Warpgroup& group) {
+        group.groups.push_back(std::move(group.open));
+        group.open.clear();
+    });
+}
+template <int PENDING>
+void wait_products() {
+    int nothing;
+    gpu::warpgroup_meets("wait_products", nothing, [](gpu::Warpgroup& group) {
+        for (; (int)group.groups.size() > PENDING; group.groups.pop_front())
+            for (auto& product : group.groups.front()) product();
+    });
+}
+
+// PTX ISA, "matrix descriptor": of wgmma.
+inline unsigned long long describe(unsigned shared) {
+    if (shared % 1024) gpu::fail("wgmma: the swizzle starts at a multiple of 1024");
+    return shared >> 4;
+}
+
+// PTX ISA, "asynchronous warpgroup level matrix multiply-accumulate", m64nNk32: each warp has 16 rows of A, as in
+// mma.sp.m16n8k32, and of D, eight columns after the other as in mma. Runs late or at once.
+template <int SELECTOR>
+void multiply_sparse_group(float (&c)[16][1][4], const unsigned (&a)[4], unsigned long long b, unsigned metadata) {
+    struct Lane {
+        float* c;
+        const unsigned* a;
+        unsigned long long b;
+        unsigned metadata;
+    } mine{&c[0][0][0], a, b, metadata};
+    gpu::warpgroup_meets(SELECTOR ? "wgmma.sp 1" : "wgmma.sp 0", mine, [](gpu::Warpgroup& group) {
+        std::vector<Lane> lanes;
+        for (int i = 0; i < 128; ++i) lanes.push_back(*(Lane*)group.meeting.operands[i]);
+        auto product = [lanes] {
+            static float dense_a[64][32], dense_b[32][128];
+            memset(dense_a, 0, sizeof dense_a);
+            for (const Lane& lane : lanes)
+                if (lane.b != lanes[0].b) gpu::fail("wgmma: lanes disagree about b");
+            for (int n = 0; n < 128; ++n)
+                for (int k = 0; k < 32; ++k) {
+                    // the address as it comes out of the descriptor, then bits 4-6 ^= bits 7-9
+                    unsigned from = (unsigned)lanes[0].b * 16 + n / 8 * 1024 + n % 8 * 128 + k * 2;
+                    from ^= from >> 7 << 4 & 0x70;
+                    if (!gpu::fenced[from / 16]) gpu::fail("wgmma reads a copy that was not fenced");
+                    unsigned short value;
+                    memcpy(&value, gpu::at(from, 2), 2);
+                    dense_b[k][n] = gpu::half_to_float(value);
+                }
+            for (int i = 0; i < 128; ++i) {
+                const int first = i / 32 * 32, g = i % 32 >> 2, t = i % 4;
+                for (int j = 0; j < 8; ++j) {
+                    const int row = j < 2 || (j >= 4 && j < 6) ? g : g + 8, quad = j < 4 ? t : t + 4;
+                    const unsigned word = lanes[first + 4 * g + 2 * SELECTOR + quad / 4].metadata;
+                    const int nibble = word >> (row / 8 * 16 + quad % 4 * 4) & 15;
+                    if ((nibble & 3) >= nibble >> 2) gpu::fail("wgmma.sp: invalid metadata");
+                    dense_a[i / 32 * 16 + row][quad * 4 + (j % 2 ? nibble >> 2 : nibble & 3)] =
+                        gpu::half_to_float(lanes[i].a[j / 2] >> j % 2 * 16);
+                }
+            }
+            for (int i = 0; i < 128; ++i)
+                for (int j = 0; j < 64; ++j) {
+                    const int row = i / 32 * 16 + (i % 32 >> 2) + j % 4 / 2 * 8, n = j / 4 * 8 + i % 4 * 2 + j % 2;
+                    float sum = lanes[i].c[j];
+                    for (int k = 0; k < 32; ++k) sum += dense_a[row][k] * dense_b[k][n];
+                    lanes[i].c[j] = sum;
+                }
+        };
+        if (gpu::lazy)
+            group.open.push_back(product);
+        else
+            product();
+    });
 }
