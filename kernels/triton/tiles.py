@@ -102,20 +102,23 @@ def packed_tiles(shared_bytes: int, pattern: Pattern, rows: int, item_bytes: int
         rows: of the input.
         item_bytes: of a weight.
     """
-    height = min(max(16, 1 << (rows - 1).bit_length()), 64)
+    height = max(16, 1 << (rows - 1).bit_length())
     padded = 1 << (pattern.m - 1).bit_length()
     fitted = []
     for channels, depth in ((32, 128), (32, 256), (64, 128)):
-        if height > 16 and depth > 128:
-            continue  # registers
-        stage_bytes = item_bytes * depth * (height + channels * pattern.n // pattern.m)
-        # The unpacked weight passes through shared memory on its way to the tensor core.
-        stages = _fit_stages(shared_bytes * _SHARE - item_bytes * channels * depth, stage_bytes, 4)
         # With more threads than words of positions, Triton 3.6 copies each word up to 32 times.
         words = channels * (depth // padded) * position_bits(pattern) // 32
+        warps = min(4, words // 32)
+        # More rows to a warp, or rows beside a deep step, spilled registers.
+        tall = min(height, 16 * warps)
+        if tall > 16 and depth > 128:
+            continue
+        stage_bytes = item_bytes * depth * (tall + channels * pattern.n // pattern.m)
+        # The unpacked weight passes through shared memory on its way to the tensor core.
+        stages = _fit_stages(shared_bytes * _SHARE - item_bytes * channels * depth, stage_bytes, 4)
         if stages:
-            fitted.append(Tile(height, channels, depth, min(4, words // 32), stages))
-    return fitted or [Tile(height, 32, 128, 2, 2)]
+            fitted.append(Tile(tall, channels, depth, warps, stages))
+    return fitted or [Tile(16, 32, 128, 1, 2)]
 
 
 def position_bits(pattern: Pattern) -> int:

@@ -35,6 +35,21 @@ def interleave(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
+def words_of_groups(words, ROWS: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr):
+    """``(ROWS, G * WORDS)``, as loaded, to a tuple of ``(ROWS, G)``: the first words of all groups, the second, ..."""
+    if WORDS == 1:
+        return (words,)
+    elif WORDS == 2:
+        low, high = tl.split(tl.reshape(words, (ROWS, G, 2)))
+        return (low, high)
+    else:
+        even, odd = tl.split(tl.reshape(words, (ROWS, G, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return (first, second, third, fourth)
+
+
+@triton.jit
 def vector_kernel(
     x_ptr,  # 32- or 64-bit words of (rows, K) or NHWC
     values_ptr,  # (N / V, KH * KW, groups, n, V)
@@ -115,7 +130,8 @@ def vector_kernel(
         out_tile = first_row.to(tl.int64) * out_pixel
         row_words = i * words_per_row
         row_out = i * out_pixel
-    word_at = row_words[:, None] + g[None, :] * WORDS
+    word = tl.arange(0, G * WORDS)
+    word_at = row_words[:, None] + word[None, :]
     kept_k = tl.arange(0, G * JOINED)
     kept_group = kept_k // JOINED
     weight_at = (kept_group * n + kept_k % JOINED)[:, None] * V + channel[None, :]
@@ -128,7 +144,7 @@ def vector_kernel(
         tap = step // steps if TAPS > 1 else 0
         k = (step - tap * steps) * G
         in_depth = k + g < groups
-        mask = valid[:, None] & in_depth[None, :]
+        mask = valid[:, None] & (k * WORDS + word < words_per_row)[None, :]
         x_step = x_tile + k * WORDS
         if CONV:
             dy = tap // KERNEL_W * DILATION_H
@@ -136,9 +152,7 @@ def vector_kernel(
             inside = (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
             mask = mask & inside[:, None]
             x_step += (dy * WIDTH + dx) * words_per_row
-        group = ()
-        for word in tl.static_range(WORDS):
-            group += (tl.load(x_step + word_at + word, mask=mask, other=0),)
+        group = words_of_groups(tl.load(x_step + word_at, mask=mask, other=0), BLOCK_M, G, WORDS)
         sums = ()
         for strip in tl.static_range(STRIPS):
             # The last tile may have fewer strips: those beyond repeat the last one and are not stored.
@@ -151,11 +165,11 @@ def vector_kernel(
                 kept = ()
                 for slot in tl.static_range(first_slot, first_slot + JOINED):
                     shift = tl.load(shift_ptr + depth + slot * groups + k + g, mask=in_depth, other=0)
-                    word = group[0]
+                    chosen = group[0]
                     for other in tl.static_range(1, WORDS):
-                        word = tl.where((shift >= other * 64)[None, :], group[other], word)
-                    amount = (shift & 63 if WORDS > 1 else shift)[None, :].to(word.dtype)
-                    kept += ((word >> amount).to(tl.int16),)
+                        chosen = tl.where((shift >= other * 64)[None, :], group[other], chosen)
+                    amount = (shift & 63 if WORDS > 1 else shift)[None, :].to(chosen.dtype)
+                    kept += ((chosen >> amount).to(tl.int16),)
                 operand = tl.reshape(interleave(kept, JOINED), (BLOCK_M, G * JOINED))
                 operand = operand.to(values_ptr.dtype.element_ty, bitcast=True)
                 weight_step = values_ptr + (depth + k * n + first_slot) * V + in_block

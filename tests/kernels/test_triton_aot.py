@@ -196,8 +196,7 @@ def test_vector_kernel(capability, arguments, tile, tmp_path, record_property):
         strips = tile.channels // min(arguments["V"], 64)
         row_blocks = tile.rows // 64 // (tile.warps // 4)
         assert binary.count("HGMMA") == strips * (tile.depth // m * n // 16) * row_blocks
-    if m <= 4:
-        assert binary.count("LDGSTS.E.BYPASS.128") > 0
+    assert binary.count("LDGSTS.E.BYPASS.128") > 0
 
 
 @pytest.mark.parametrize(("capability", "arguments", "tile", "pattern"), packed_matrix())
