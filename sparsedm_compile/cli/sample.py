@@ -84,7 +84,7 @@ def sample(
         network = loaded.model
         noise = torch.randn(count, network.in_chans, network.img_size, network.img_size)
         start = time.perf_counter()
-        images = draw(torch.compile(network, backend="sparsedm"), noise, *condition, steps=steps)
+        images = draw(torch.compile(network, backend="sparsedm"), noise, *condition, steps=steps, clip=1.0)
         seconds = time.perf_counter() - start
         with user_errors():
             write_grid(out, images)
