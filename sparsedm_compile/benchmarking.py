@@ -23,7 +23,7 @@ from sparsedm_compile.planning import Rules, make_plan
 from sparsedm_compile.policy import LayerPolicy
 from sparsedm_compile.provenance import provenance
 from sparsedm_compile.rendering import RichText
-from sparsedm_compile.sparsify import sparsify
+from sparsedm_compile.sparsify import check_weight, sparsify
 from sparsedm_compile.timing import median_ratio, paired_times
 
 # Every pattern, and either dense compilation, is a cache entry of the same forward function.
@@ -158,6 +158,14 @@ def bench_model(
     if sparse_layers(model):
         raise ValueError("bench_model: the model is sparse already; pass the dense one, sparse copies are made of it")
     plans = {str(Pattern.parse(pattern)): make_plan(model, pattern, policy, rules) for pattern in patterns}
+    modules = dict(model.named_modules())
+    for pattern, plan in plans.items():  # before anything is compiled, which takes a minute
+        if not plan.patterns():
+            raise ValueError(
+                f"bench_model: no layer takes {pattern}: {'; '.join(sorted({row.reason for row in plan}))}"
+            )
+        for name in plan.patterns():
+            check_weight(name, modules[name].weight)
     counted = {pattern: count_macs(model, *inputs, plan=plan, **kwargs) for pattern, plan in plans.items()}
     synchronize = torch.cuda.synchronize if any(p.is_cuda for p in model.parameters()) else None
 

@@ -102,3 +102,13 @@ def test_a_sparse_model_is_refused():
     sparsify(model, "2:4", policy="all")
     with pytest.raises(ValueError, match="sparse already"):
         bench_model(model, (torch.randn(1, 32, 8, 8),), policy="all")
+
+
+def test_what_no_layer_takes_is_refused_before_anything_is_compiled():
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    with pytest.raises(ValueError, match=r"no layer takes 2:4: rule '\*'"):
+        bench_model(model, (x,), patterns=["2:4"], policy="all", rules={"*": "dense"})
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer '0' has weights that are not finite"):
+        bench_model(model, (x,), patterns=["2:4"], policy="all")

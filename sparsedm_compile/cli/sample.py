@@ -28,6 +28,7 @@ from sparsedm_compile.images import write_grid
 from sparsedm_compile.model_spec import DIGITS, LoadedModel, load_model
 from sparsedm_compile.models import UViT
 from sparsedm_compile.pattern import Pattern
+from sparsedm_compile.policy import check_policy
 from sparsedm_compile.rendering import RichText
 from sparsedm_compile.sampling import sample as draw
 from sparsedm_compile.sparsify import sparsify
@@ -77,8 +78,10 @@ def sample(
             pattern = str(Pattern.parse(pattern))
             loaded = load_model(model, checkpoint=checkpoint, config=config)
             condition = _condition(loaded, checkpoint, label, count)
+            rules = parse_rules(rule)
+            check_policy(policy)
             if pattern != "dense":
-                sparsify(loaded.model, pattern, policy=policy, rules=parse_rules(rule))
+                sparsify(loaded.model, pattern, policy=policy, rules=rules)
             out.parent.mkdir(parents=True, exist_ok=True)
         status.update(f"compiling, then {steps} steps")
         network = loaded.model
