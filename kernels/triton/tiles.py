@@ -46,15 +46,11 @@ _WIDE = (
     Tile(128, 192, 128, 8, 3),  # steps twice as long: half the barriers
     *_COMMON,
 )
-# Pixel coordinates take registers: wider or deeper convolution tiles spilled.
+# Pixel coordinates take registers: wider or deeper convolution tiles spilled, here and below.
 _WIDE_CONV = (Tile(128, 192, 64, 8, 4), *_COMMON)
 # mma.sync: a warp has its own product, so smaller tiles lose less.
-_NARROW = (
-    Tile(128, 128, 64, 8, 4),
-    Tile(64, 128, 64, 4, 4),
-    Tile(128, 64, 64, 4, 4),
-    Tile(64, 64, 64, 4, 4),
-)
+_NARROW_CONV = (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4))
+_NARROW = (*_NARROW_CONV, Tile(128, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
 _MIN_DEPTH = 16  # of one tensor-core product in 16-bit types
 _SHARE = 7 / 8  # of shared memory for what is counted; the rest for shifts, positions, padding and barriers
 _MAX_SELECTED = 12  # strips x kept inputs of a group: each is code of its own
@@ -77,7 +73,8 @@ def vector_tiles(major: int, shared_bytes: int, pattern: Pattern, out_features: 
     strip = min(pattern.v, 64)  # channels of one product, as in the kernel
     least = _MIN_DEPTH * pattern.m // (pattern.n & -pattern.n)  # so many of a group's inputs share a product
     fitted = []
-    for tile in (_WIDE_CONV if conv else _WIDE) if wgmma else _NARROW:
+    linear, convolution = (_WIDE, _WIDE_CONV) if wgmma else (_NARROW, _NARROW_CONV)
+    for tile in convolution if conv else linear:
         depth = max(tile.depth, least)
         if tile.channels > max(out_features, strip):
             continue
@@ -109,16 +106,16 @@ def packed_tiles(shared_bytes: int, pattern: Pattern, rows: int, item_bytes: int
         # With more threads than words of positions, Triton 3.6 copies each word up to 32 times.
         words = channels * (depth // padded) * position_bits(pattern) // 32
         warps = min(4, words // 32)
-        # More rows to a warp, or rows beside a deep step, spilled registers.
-        tall = min(height, 16 * warps)
-        if tall > 16 and depth > 128:
+        # Fewer threads a channel, more rows a warp, or rows beside a deep step: registers spilled.
+        tall = min(height, max(16, 8 * warps))
+        if 32 * warps < 2 * channels or (tall > 16 and depth > 128):
             continue
         stage_bytes = item_bytes * depth * (tall + channels * pattern.n // pattern.m)
         # The unpacked weight passes through shared memory on its way to the tensor core.
         stages = _fit_stages(shared_bytes * _SHARE - item_bytes * channels * depth, stage_bytes, 4)
         if stages:
             fitted.append(Tile(tall, channels, depth, warps, stages))
-    return fitted or [Tile(16, 32, 128, 1, 2)]
+    return fitted or [Tile(16, 32, 128, 2, 2)]
 
 
 def position_bits(pattern: Pattern) -> int:

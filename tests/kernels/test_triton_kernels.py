@@ -242,7 +242,7 @@ def test_the_autotuner_gets_the_tiles_of_the_device(monkeypatch, module):
     configs = tuner.prune_configs(launch | {"grid": None, "warmup": False})
     tiles = [(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.kwargs["BLOCK_K"]) for c in configs]
     assert len(configs) > 1
-    assert (128, 256, 64) in tiles or (64, 64, 128) in tiles
+    assert (128, 256, 64) in tiles or (32, 64, 128) in tiles
 
 
 @pytest.mark.parametrize("major", [8, 9, 10, 12])
