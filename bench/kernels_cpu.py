@@ -7,6 +7,7 @@ A ratio is dense time over sparse time, the median over rounds, against the fast
 
 import argparse
 import json
+import logging
 import math
 import platform
 from collections.abc import Callable
@@ -55,11 +56,12 @@ PATTERNS = ["2:4", "2:4v2", "2:4v4", "1:4", "1:4v4"]
 
 
 def optional(candidates: dict[str, Callable[[], Tensor]], name: str, make: Callable[[], Callable[[], Tensor]]) -> None:
-    """Add a dense candidate that not every build of torch has."""
+    """Add a dense candidate that not every build of torch has; its absence weakens the baseline, so it is told."""
     try:
         run = make()
         run()
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        logging.warning("no dense candidate %r: %s", name, str(error).partition("\n")[0])
         return
     candidates[name] = run
 

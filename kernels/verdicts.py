@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from sparsedm_compile.cache import cache_directory
+from sparsedm_compile.provenance import cpu_model
 
 try:
     import fcntl
@@ -58,7 +59,7 @@ class VerdictStore:
 
     @cached_property
     def _machine(self) -> str:
-        described = "|".join((platform.machine(), _cpu_model(), torch.__version__, *_gpus()))
+        described = "|".join((platform.machine(), cpu_model(), torch.__version__, *_gpus()))
         return sha256(described.encode()).hexdigest()[:16]
 
     @property
@@ -117,16 +118,6 @@ class VerdictStore:
             pass
         except (OSError, ValueError, TypeError, AttributeError) as error:
             _log.warning("remembered kernel choices in %s cannot be read and are measured anew: %s", path, error)
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def _gpus() -> list[str]:

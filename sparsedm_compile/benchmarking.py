@@ -193,7 +193,7 @@ def bench_model(
             gains = [
                 layer.dense_ms / layer.sparse_ms
                 for layer in told.layers
-                if layer.sparse_ms and layer.dense_ms and layer.kernel not in ("dense", "onednn")
+                if layer.sparse_ms and layer.dense_ms and layer.ran_sparse
             ]
             rows[pattern] = {
                 "relative_error": _relative_error(output, _masked_dense(model, plan, inputs, kwargs)),

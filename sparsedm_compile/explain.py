@@ -41,6 +41,12 @@ class LayerReport:
     dense_ms: float | None
     reason: str
 
+    @property
+    def ran_sparse(self) -> bool:
+        """Whether its kernel, or each of them where calls got different ones, skips the zeros."""
+        kernels = self.kernel.split(", ")
+        return all(kernel in kernel_names() and get_kernel(kernel).skips_zeros for kernel in kernels)
+
 
 @dataclass(frozen=True)
 class Explanation(RichText):
@@ -68,9 +74,7 @@ class Explanation(RichText):
         }
 
     def __rich__(self) -> Table:
-        sparse = [
-            layer for layer in self.layers if layer.kernel in kernel_names() and get_kernel(layer.kernel).skips_zeros
-        ]
+        sparse = [layer for layer in self.layers if layer.ran_sparse]
         caption = summary_line(len(sparse), len(self.layers), "layers ran a sparse kernel")
         table = Table(title="explain", caption=f"{caption}; {self.graphs} graph(s), {self.mode}")
         for column in ("layer", "kind", "shape", "pattern", "kernel"):

@@ -11,7 +11,7 @@ from sparsedm_compile.derived import derived_weights
 from sparsedm_compile.explain import explain
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.layers import SparseConv2d, SparseLinear, sparse_layers
-from sparsedm_compile.packed_layers import PackedConv2d, PackedLinear, packed_layers
+from sparsedm_compile.packed_layers import PackedConv2d, PackedLinear, packed_layers, spec_of
 from sparsedm_compile.planning import unwrap
 from sparsedm_compile.rendering import RichText
 from sparsedm_compile.sparsify import check_weight
@@ -126,10 +126,7 @@ def _skipping(kernel: str) -> str:
 
 
 def _kernel(layer: SparseLinear | SparseConv2d) -> str:
-    probe = object.__new__(_PACKED_TYPES[type(layer)])
-    probe.__dict__.update(layer.__dict__)
-    probe.weight_shape = tuple(layer.weight.shape)
-    spec = probe._spec(layer.weight.dtype, layer.weight.device)
+    spec = spec_of(layer, layer.weight)
     if min(spec.weight_shape[:2]) < _NARROW:
         return "dense"
     able = (name for name in kernel_names() if get_kernel(name).skips_zeros)

@@ -17,6 +17,22 @@ _DENSE = "dense"  # the masked weight as it is, for torch's own operator
 _KEYS = ("weight_values", "weight_index", "weight_pattern")
 
 
+def spec_of(layer: nn.Module, weight: Tensor) -> LayerSpec:
+    """The constants of a sparse or packed layer whose weight is in the dtype and on the device of ``weight``."""
+    pattern = Pattern.parse(layer.pattern)
+    shape = tuple(layer.weight_shape if hasattr(layer, "weight_shape") else layer.weight.shape)
+    if len(shape) == 2:
+        return LayerSpec("linear", shape, pattern, weight.dtype, weight.device.type)
+    padding = (0, 0) if _pads_first(layer) else tuple(layer.padding)
+    conv = (tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
+    return LayerSpec("conv2d", shape, pattern, weight.dtype, weight.device.type, *conv)
+
+
+def _pads_first(layer: nn.Module) -> bool:
+    """Whether the padding is more than zeros, the same on both sides, which is all that kernels know."""
+    return layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+
+
 class _Packed(nn.Module):
     """A packed layer.
 
@@ -42,16 +58,13 @@ class _Packed(nn.Module):
     packed_values: Tensor
     packed_index: Tensor
 
-    def _spec(self, dtype: torch.dtype, device: torch.device) -> LayerSpec:
-        raise NotImplementedError
-
     def spec(self) -> LayerSpec:
         """The constants of this layer."""
-        return self._spec(self.packed_values.dtype, self.packed_values.device)
+        return spec_of(self, self.packed_values)
 
     def adopt(self, weight: Tensor, kernel: str) -> None:
         """Mask and pack ``weight`` for ``kernel``; the dense weight is not kept."""
-        spec = self._spec(weight.dtype, weight.device)
+        spec = spec_of(self, weight)
         if kernel == _DENSE:
             values, index = mask_out(weight, self.pattern), weight.new_empty(0, dtype=torch.uint8)
         else:
@@ -61,8 +74,8 @@ class _Packed(nn.Module):
         self.register_buffer("packed_index", index, persistent=False)
 
     def _adopt_preferred(self, weight: Tensor) -> None:
-        kernel, spec = self.preferred, self._spec(weight.dtype, weight.device)
-        able = kernel in kernel_names() and get_kernel(kernel).refusal(spec) is None
+        kernel = self.preferred
+        able = kernel in kernel_names() and get_kernel(kernel).refusal(spec_of(self, weight)) is None
         self.adopt(weight, kernel if able else _DENSE)
 
     def unpack(self) -> Tensor:
@@ -104,8 +117,7 @@ class _Packed(nn.Module):
     def __setstate__(self, state: dict) -> None:
         values, index = state.pop("_portable")
         super().__setstate__(state)
-        spec = self._spec(values.dtype, values.device)
-        self._adopt_preferred(_PORTABLE.unpack(values, index, spec))
+        self._adopt_preferred(_PORTABLE.unpack(values, index, spec_of(self, values)))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -146,9 +158,6 @@ class PackedLinear(_Packed):
 
     kind = "linear"
 
-    def _spec(self, dtype: torch.dtype, device: torch.device) -> LayerSpec:
-        return LayerSpec("linear", self.weight_shape, Pattern.parse(self.pattern), dtype, device.type)
-
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features) -> (..., out_features)``."""
         input = self._check_use(input)
@@ -164,21 +173,11 @@ class PackedConv2d(_Packed):
 
     kind = "conv2d"
 
-    def _spec(self, dtype: torch.dtype, device: torch.device) -> LayerSpec:
-        pattern, padding = Pattern.parse(self.pattern), (0, 0) if self._pads_first else tuple(self.padding)
-        conv = (tuple(self.stride), padding, tuple(self.dilation), self.groups)
-        return LayerSpec("conv2d", self.weight_shape, pattern, dtype, device.type, *conv)
-
-    @property
-    def _pads_first(self) -> bool:
-        """Whether the padding is more than zeros, the same on both sides, which is all that kernels know."""
-        return self.padding_mode != "zeros" or isinstance(self.padding, str)
-
     def forward(self, input: Tensor) -> Tensor:
         """``(B, C_in, H, W) -> (B, C_out, H', W')``."""
         input = self._check_use(input)
         stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
-        if self._pads_first:
+        if _pads_first(self):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)

@@ -14,7 +14,6 @@ from sparsedm_compile.demo import digits, run_demo
 from sparsedm_compile.demo.frechet import pixel_frechet_distance
 from sparsedm_compile.demo.picture import save_picture
 from sparsedm_compile.demo.pretrain import main as pretrain_main
-from sparsedm_compile.demo.speed import time_forward
 from sparsedm_compile.noise import VPSDE
 
 
@@ -88,16 +87,6 @@ def test_picture_shows_each_row(tmp_path):
     height, width = pixels.shape
     upper, lower = pixels[: height // 2, width // 3 :], pixels[height // 2 :, width // 3 :]
     assert upper.mean() < 100 < 200 < lower.mean()
-
-
-def test_forward_times_of_a_small_model():
-    times = time_forward("uvit-s/2", batch=1, seconds=0.1, embed_dim=64, depth=2, num_heads=2)
-    assert set(times.dense_seconds) == {"Inductor", "Inductor with freezing"}
-    assert times.dense_seconds[times.dense] == min(times.dense_seconds.values())
-    assert times.ratio > 0
-    assert times.rounds >= 3
-    assert times.relative_error < 1e-5
-    assert f"{times.ratio:.2f}x" in str(times)
 
 
 def test_demo_end_to_end(tmp_path):
