@@ -1,6 +1,7 @@
 """N:M sparsity for pretrained diffusion models: torch.compile passes and sparse kernels that beat dense."""
 
 from sparsedm_compile.backend import sparsedm
+from sparsedm_compile.calibration import CalibrationBatch, calibration_set
 from sparsedm_compile.derived import refresh
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.explain import Explanation, explain
@@ -23,6 +24,7 @@ __all__ = [
     "EMA",
     "SRSTE",
     "VPSDE",
+    "CalibrationBatch",
     "Explanation",
     "LayerInfo",
     "MacsReport",
@@ -33,6 +35,7 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "TrainingRecord",
+    "calibration_set",
     "count_macs",
     "distillation_loss",
     "explain",
