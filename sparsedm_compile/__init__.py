@@ -6,34 +6,44 @@ from sparsedm_compile.derived import refresh
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.explain import Explanation, explain
 from sparsedm_compile.finetune import distillation_loss, finetune
+from sparsedm_compile.fixed_mask import FixedMask
 from sparsedm_compile.layers import SparseConv2d, SparseLinear
 from sparsedm_compile.macs import MacsReport, count_macs
 from sparsedm_compile.masked_weight import masked_weight
 from sparsedm_compile.masks import magnitude_mask
-from sparsedm_compile.noise import VPSDE
+from sparsedm_compile.noise import VPSDE, NoiseProcess, SchedulerProcess
 from sparsedm_compile.pack import PackReport, pack
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.plan import LayerInfo, Plan, PlanLayer
 from sparsedm_compile.planning import make_plan
 from sparsedm_compile.sampling import sample
+from sparsedm_compile.schedules import EIGHTHS, HALVED_GROUPS, DrawnPatterns, PatternSchedule, StagedPatterns
 from sparsedm_compile.sparsify import get_plan, set_pattern, sparsify, use_pattern
 from sparsedm_compile.srste import SRSTE
 from sparsedm_compile.training import TrainingRecord
 
 __all__ = [
+    "EIGHTHS",
     "EMA",
+    "HALVED_GROUPS",
     "SRSTE",
     "VPSDE",
     "CalibrationBatch",
+    "DrawnPatterns",
     "Explanation",
+    "FixedMask",
     "LayerInfo",
     "MacsReport",
+    "NoiseProcess",
     "PackReport",
     "Pattern",
+    "PatternSchedule",
     "Plan",
     "PlanLayer",
+    "SchedulerProcess",
     "SparseConv2d",
     "SparseLinear",
+    "StagedPatterns",
     "TrainingRecord",
     "calibration_set",
     "count_macs",

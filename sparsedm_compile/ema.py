@@ -30,12 +30,16 @@ class EMA:
             raise ValueError(f"EMA: decay must be at least 0 and below 1, got {decay}")
         self.decay = decay
         self.warmup = warmup
+        self.restart(model)
+        if not self.shadow:
+            raise ValueError(f"EMA: {type(model).__name__} has no parameters to average")
+
+    def restart(self, model: nn.Module) -> None:
+        """Start again from the current weights of ``model``."""
         self.updates = 0
         self.shadow: dict[str, Tensor] = {
             name: parameter.detach().to(torch.float32, copy=True) for name, parameter in model.named_parameters()
         }
-        if not self.shadow:
-            raise ValueError(f"EMA: {type(model).__name__} has no parameters to average")
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

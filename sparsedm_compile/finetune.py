@@ -1,17 +1,22 @@
 """Fine-tuning a sparsified diffusion model with its dense original as teacher: the method of SparseDM."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsedm_compile.ema import EMA
+from sparsedm_compile.fixed_mask import FixedMask
 from sparsedm_compile.layers import sparse_layers
-from sparsedm_compile.noise import VPSDE
+from sparsedm_compile.noise import VPSDE, NoiseProcess
+from sparsedm_compile.pattern import DENSE, Pattern
 from sparsedm_compile.planning import unwrap
+from sparsedm_compile.schedules import DrawnPatterns, PatternSchedule, StagedPatterns
+from sparsedm_compile.sparsify import get_plan, set_pattern, use_pattern
 from sparsedm_compile.srste import SRSTE
-from sparsedm_compile.training import TrainingRecord, train
+from sparsedm_compile.training import TrainingRecord, check_limits, train
 
 
 def distillation_loss(
@@ -72,9 +77,11 @@ def finetune(
     *,
     steps: int | None = None,
     seconds: float | None = None,
-    process: VPSDE | None = None,
+    process: NoiseProcess | None = None,
     denoising_weight: float = 1.0,
     distillation_weight: float = 0.1,
+    patterns: PatternSchedule | Sequence[str | Pattern] | None = None,
+    fixed_mask: bool = False,
     srste_decay: float = 2e-4,
     learning_rate: float = 2e-4,
     weight_decay: float = 0.03,
@@ -82,6 +89,7 @@ def finetune(
     max_grad_norm: float = 1.0,
     ema_decay: float = 0.9999,
     ema_warmup: bool = True,
+    amp: str | None = None,
     compile: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -97,26 +105,40 @@ def finetune(
         sdm.sparsify(model, "2:4")
         sdm.finetune(model, teacher, loader, steps=10_000)
 
+    One checkpoint for several patterns, dense among them, which is then the teacher, in place:
+
+        sdm.finetune(model, None, loader, steps=10_000, patterns=["dense", "2:4", "1:4"])
+
     Args:
-        model: a sparsified noise predictor, called as ``model(x_t, process.time_scale * t, *condition)``.
-        teacher: the dense model, called alike; not changed. May be None at ``distillation_weight=0``.
+        model: a sparsified noise predictor, called as ``process.predict_noise`` says.
+        teacher: the dense model, called alike; not changed. May be None at ``distillation_weight=0``, and where
+            ``patterns`` hold ``"dense"``: the teacher is then the model itself at that pattern, in eval mode and
+            without gradients.
         batches: of clean data ``(B, ...)``, or of ``(data, *condition)``; moved to the device of ``model``, and gone
             through again and again.
         steps, seconds, warmup_steps, max_grad_norm, progress: see :func:`train`.
-        process: the noise process that the model was trained on; the default is that of U-ViT's pixel models.
+        process: the noise process that the model was trained on; the default is that of U-ViT's pixel models,
+            :class:`SchedulerProcess` takes a diffusers scheduler.
         denoising_weight, distillation_weight: of the two terms of the loss.
+        patterns: None trains the plan that the model has. A sequence is drawn from at each step, see
+            :class:`DrawnPatterns`; the plan comes back afterwards. :class:`StagedPatterns` is progressive; the model
+            is left at its last pattern. Every layer that ``sparsify`` selected takes the pattern of the step.
+        fixed_mask: hold the first masks, see :class:`FixedMask`, in place of SR-STE.
         srste_decay: see :class:`SRSTE`; 0 is the plain straight-through estimator.
         learning_rate, weight_decay: of AdamW.
         ema_decay, ema_warmup: see :class:`EMA`.
-        compile: train through ``torch.compile(model, backend="sparsedm")``; pays from some hundred steps on.
-        seed: of times and noise; the order of the data is the caller's.
+        amp: ``"bfloat16"`` or ``"float16"`` runs student and teacher under autocast; float16 scales the loss. Weights,
+            masks, loss and average stay in the dtype of the model.
+        compile: train through ``torch.compile(model, backend="sparsedm")``; pays from some hundred steps on. Each
+            pattern is a graph of its own.
+        seed: of times, noise and drawn patterns; the order of the data is the caller's.
 
     Returns:
         Steps, seconds and the loss of each step.
 
     Raises:
         ValueError: the model is not sparse; the teacher is missing or shares weights with the model; a number out of
-            range; no data.
+            range; a pattern that no layer takes; options that exclude each other; no data.
         TypeError: not a module.
         FloatingPointError: the loss is not finite; the model keeps the averaged weights of the steps before.
 
@@ -125,53 +147,98 @@ def finetune(
     layers = sparse_layers(unwrap(model))
     if not layers:
         raise ValueError("model has no sparse layers: call sparsify(model, pattern) first")
-    _check_weights(denoising_weight, distillation_weight, teacher)
+    if patterns is not None and not isinstance(patterns, PatternSchedule):
+        patterns = DrawnPatterns(tuple(patterns), seed)
+    _check_patterns(patterns, layers, fixed_mask)
+    teaches_itself = teacher is None and patterns is not None and DENSE in patterns.patterns and denoising_weight > 0
+    _check_weights(denoising_weight, distillation_weight, model if teaches_itself else teacher)
     if teacher is not None and distillation_weight > 0:
         _check_teacher(model, teacher)
+    if amp not in (None, "bfloat16", "float16"):
+        raise ValueError(f"amp must be 'bfloat16', 'float16' or None, got {amp!r}")
+    check_limits(steps, seconds, warmup_steps, max_grad_norm)
     process = process or VPSDE()
     device = next(iter(layers.values())).weight.device
     generator = torch.Generator(device).manual_seed(seed)
     student = torch.compile(model, backend="sparsedm") if compile else model
+
+    def predict(network: nn.Module, x_t: Tensor, t: Tensor, condition: Sequence[Tensor]) -> Tensor:
+        # A context for each call: autocast keeps the casts of weights until it ends, and those that a teacher in place
+        # made without gradients must not reach the student.
+        with torch.autocast(device.type, getattr(torch, amp)) if amp else nullcontext():
+            return process.predict_noise(network, x_t, t, *condition)
+
+    @torch.no_grad()
+    def teach(x_t: Tensor, t: Tensor, condition: Sequence[Tensor]) -> Tensor:
+        if teacher is not None:
+            return predict(teacher, x_t, t, condition)
+        try:
+            with use_pattern(model, DENSE):
+                return predict(student.eval(), x_t, t, condition)
+        finally:
+            student.train()
 
     def loss(batch: Tensor | Sequence[Tensor]) -> Tensor:
         clean, *condition = (t.to(device) for t in ((batch,) if isinstance(batch, Tensor) else batch))
         t = process.sample_times(clean.shape[0], device=device, generator=generator)
         noise = torch.randn(clean.shape, dtype=clean.dtype, device=device, generator=generator)
         x_t = process.perturb(clean, t, noise)
-        target = None
-        if distillation_weight > 0:
-            with torch.no_grad():
-                target = process.predict_noise(teacher, x_t, t, *condition)
-        prediction = process.predict_noise(student, x_t, t, *condition)
+        # A model at its dense pattern would be taught what it says already.
+        taught = distillation_weight > 0 and not (teaches_itself and not get_plan(model).patterns())
+        target = teach(x_t, t, condition) if taught else None
+        prediction = predict(student, x_t, t, condition)
         return distillation_loss(
-            prediction, noise, target, denoising_weight=denoising_weight, distillation_weight=distillation_weight
+            prediction,
+            noise,
+            target,
+            denoising_weight=denoising_weight,
+            distillation_weight=distillation_weight if taught else 0,
         )
 
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=weight_decay
     )
-    srste = SRSTE(optimizer, model, srste_decay)
-    teacher_mode = teacher is not None and teacher.training
-    try:
+    ema = EMA(model, ema_decay, warmup=ema_warmup)
+    with ExitStack() as undo:
         if teacher is not None:
+            undo.callback(teacher.train, teacher.training)
             teacher.eval()
-        return train(
+        if patterns is not None:
+            undo.enter_context(use_pattern(model, patterns(0)))
+        rule = FixedMask(optimizer, model) if fixed_mask else SRSTE(optimizer, model, srste_decay)
+        undo.callback(rule.remove)
+        if fixed_mask:
+            ema.restart(model)  # not from the weights that were just dropped
+        record = train(
             model,
             optimizer,
             loss,
             batches,
-            ema=EMA(model, ema_decay, warmup=ema_warmup),
+            ema=ema,
             steps=steps,
             seconds=seconds,
             warmup_steps=warmup_steps,
             max_grad_norm=max_grad_norm,
+            before_step=None if patterns is None else lambda step: set_pattern(model, patterns(step)),
+            scaler=torch.amp.GradScaler(device.type) if amp == "float16" else None,
             progress=progress,
             description="fine-tune",
         )
-    finally:
-        srste.remove()
-        if teacher is not None:
-            teacher.train(teacher_mode)
+    if isinstance(patterns, StagedPatterns):
+        set_pattern(model, patterns(record.steps - 1))
+    return record
+
+
+def _check_patterns(patterns: PatternSchedule | None, layers: Mapping[str, nn.Module], fixed_mask: bool) -> None:
+    if patterns is None:
+        return
+    if fixed_mask:
+        raise ValueError("fixed_mask=True holds one mask and patterns change it: leave one of them out")
+    for pattern in set(patterns.patterns):
+        shapes = [(tuple(layer.weight.shape), getattr(layer, "groups", 1)) for layer in layers.values()]
+        refusals = {pattern.refusal(*shape) for shape in shapes}
+        if None not in refusals:
+            raise ValueError(f"no layer of the model takes {pattern}: {'; '.join(sorted(refusals))}")
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:

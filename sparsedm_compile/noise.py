@@ -1,10 +1,31 @@
-"""The noise process that a diffusion model is trained on and sampled from: the variance-preserving SDE."""
+"""The noise processes that a diffusion model is trained on: the variance-preserving SDE, or a diffusers scheduler's."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class NoiseProcess(Protocol):
+    """What training asks of a process: draw times, add noise, call the model. Its ``repr`` tells it from others."""
+
+    def sample_times(
+        self, batch: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Times to train at, ``(batch,)``; ``generator`` lives on ``device``."""
+
+    def perturb(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """``x_t``: ``clean`` and ``noise`` are ``(B, ...)``, ``t`` is ``(B,)``; the dtype of ``clean``.
+
+        Raises:
+            ValueError: ``noise`` has another shape, or ``t`` is not one time an element of the batch.
+        """
+
+    def predict_noise(self, model: nn.Module, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        """The noise that ``model`` sees in ``x_t``; the shape of ``x_t``."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +83,86 @@ class VPSDE:
         decay = torch.nn.functional.softplus(-2 * log_ratio)
         return 2 * decay / (self.beta_min + (self.beta_min**2 + 2 * slope * decay).sqrt())
 
-    def sample_times(self, batch: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None):
+    def sample_times(
+        self, batch: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> Tensor:
         """Uniform times in (0, 1], float32 ``(batch,)``; ``generator`` lives on ``device``."""
         return 1 - torch.rand(batch, device=device, generator=generator)
 
     def perturb(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """``x_t``: ``clean`` and ``noise`` are ``(B, ...)``, ``t`` is ``(B,)``; the dtype of ``clean``.
-
-        Raises:
-            ValueError: ``noise`` has another shape, or ``t`` is not one time an element of the batch.
-        """
-        if noise.shape != clean.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, the data {tuple(clean.shape)}; they must be equal")
-        if t.shape != clean.shape[:1]:
-            raise ValueError(f"t has shape {tuple(t.shape)}, expected one time an element: ({clean.shape[0]},)")
-        shape = (-1, *[1] * (clean.dim() - 1))
-        alpha, sigma = self.alpha(t).reshape(shape), self.sigma(t).reshape(shape)
-        return (alpha * clean + sigma * noise).to(clean.dtype)
+        """``x_t``, as :class:`NoiseProcess` says."""
+        return _mix(clean, noise, t, self.alpha, self.sigma)
 
     def predict_noise(self, model: nn.Module, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         """Call ``model(x_t, time_scale * t, *condition)``; ``t`` is ``(B,)``, the result has the shape of ``x_t``."""
-        return model(x_t, self.time_scale * t, *condition)
+        return _prediction(model(x_t, self.time_scale * t, *condition))
+
+
+class SchedulerProcess:
+    """The discrete process of a diffusers scheduler, ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``, at integer times.
+
+        process = SchedulerProcess(DDPMScheduler.from_pretrained(...))
+
+    Args:
+        scheduler: any object with ``alphas_cumprod``, a tensor ``(T,)``, and ``config.prediction_type``: DDPM, DDIM,
+            DPM-Solver and the like. It is only read.
+
+    Raises:
+        ValueError: no ``alphas_cumprod`` (flow matching, Karras sigmas), or the model predicts something else than the
+            noise.
+
+    Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239, equation 4.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        cumulative = getattr(scheduler, "alphas_cumprod", None)
+        if not isinstance(cumulative, Tensor):
+            raise ValueError(
+                f"SchedulerProcess: {type(scheduler).__name__} has no alphas_cumprod; pass a DDPM-like scheduler"
+            )
+        predicts = scheduler.config.prediction_type
+        if predicts != "epsilon":
+            raise ValueError(f"SchedulerProcess: the model must predict the noise ('epsilon'), not {predicts!r}")
+        cumulative = cumulative.to("cpu", torch.float64)
+        self._alpha, self._sigma = cumulative.sqrt().float(), (1 - cumulative).sqrt().float()
+
+    def sample_times(
+        self, batch: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Uniform integers in [0, T), int64 ``(batch,)``; ``generator`` lives on ``device``."""
+        return torch.randint(len(self._alpha), (batch,), device=device, generator=generator)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The share of the data in ``x_t``, float32, any shape; ``t`` holds integers."""
+        return self._alpha.to(t.device)[t]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The share of the noise in ``x_t``, float32, any shape; ``t`` holds integers."""
+        return self._sigma.to(t.device)[t]
+
+    def perturb(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """``x_t``, as :class:`NoiseProcess` says."""
+        return _mix(clean, noise, t, self.alpha, self.sigma)
+
+    def predict_noise(self, model: nn.Module, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        """Call ``model(x_t, t, *condition)``, whose answer may be a tensor or an output of diffusers."""
+        return _prediction(model(x_t, t, *condition))
+
+    def __repr__(self) -> str:
+        first, last = self._alpha[0].item(), self._alpha[-1].item()
+        return f"SchedulerProcess({len(self._alpha)} steps, alpha {first:.9g} to {last:.9g})"
+
+
+def _mix(
+    clean: Tensor, noise: Tensor, t: Tensor, alpha: Callable[[Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
+) -> Tensor:
+    if noise.shape != clean.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, the data {tuple(clean.shape)}; they must be equal")
+    if t.shape != clean.shape[:1]:
+        raise ValueError(f"t has shape {tuple(t.shape)}, expected one time an element: ({clean.shape[0]},)")
+    shape = (-1, *[1] * (clean.dim() - 1))
+    return (alpha(t).reshape(shape) * clean + sigma(t).reshape(shape) * noise).to(clean.dtype)
+
+
+def _prediction(output: Any) -> Tensor:
+    return getattr(output, "sample", output)  # the field of diffusers' outputs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsedm_compile.layers import layer_pattern, sparse_layers
+from sparsedm_compile.layers import SparseConv2d, SparseLinear, layer_pattern, sparse_layers
 from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.planning import unwrap
 
@@ -43,21 +43,9 @@ class SRSTE:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, decay: float = 2e-4) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"SRSTE takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not 0 <= decay < float("inf"):
             raise ValueError(f"SRSTE: decay must be a finite number, 0 or more, got {decay}")
-        layers = sparse_layers(unwrap(model))
-        if not layers:
-            raise ValueError("SRSTE: model has no sparse layers: call sparsify(model, pattern) first")
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [n for n, layer in layers.items() if layer.weight.requires_grad and id(layer.weight) not in trained]
-        if missing:
-            raise ValueError(
-                f"SRSTE: the optimizer does not hold the weights of {', '.join(missing[:4])}"
-                f"{', ...' if len(missing) > 4 else ''} ({len(missing)} of {len(layers)} sparse layers); build it from "
-                "model.parameters() of this model, or set requires_grad=False on layers that are not trained"
-            )
+        layers = trained_layers(optimizer, model, "SRSTE")
         self.decay = decay
         self._layers = tuple(layers.values())
         self._hook = optimizer.register_step_pre_hook(self._add_decay)
@@ -83,3 +71,25 @@ class SRSTE:
             done.add(id(weight))  # a weight shared by two layers decays once
             factor = self.decay if scale is None else self.decay * scale.to(weight.device)
             weight.grad.add_(weight.masked_fill(magnitude_mask(weight, pattern), 0) * factor)
+
+
+def trained_layers(optimizer: Optimizer, model: nn.Module, caller: str) -> dict[str, SparseLinear | SparseConv2d]:
+    """The sparse layers of ``model``, all of which ``optimizer`` must train, save for frozen ones.
+
+    Raises:
+        ValueError, TypeError: as :class:`SRSTE`; messages start with ``caller``.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{caller} takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    layers = sparse_layers(unwrap(model))
+    if not layers:
+        raise ValueError(f"{caller}: model has no sparse layers: call sparsify(model, pattern) first")
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [n for n, layer in layers.items() if layer.weight.requires_grad and id(layer.weight) not in trained]
+    if missing:
+        raise ValueError(
+            f"{caller}: the optimizer does not hold the weights of {', '.join(missing[:4])}"
+            f"{', ...' if len(missing) > 4 else ''} ({len(missing)} of {len(layers)} sparse layers); build it from "
+            "model.parameters() of this model, or set requires_grad=False on layers that are not trained"
+        )
+    return layers

@@ -42,6 +42,8 @@ def train(
     seconds: float | None = None,
     warmup_steps: int = 100,
     max_grad_norm: float = 1.0,
+    before_step: Callable[[int], None] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     progress: bool = True,
     description: str = "train",
 ) -> TrainingRecord:
@@ -59,6 +61,9 @@ def train(
             time does depends on the machine.
         warmup_steps: the learning rate grows linearly over so many steps; the official runs use thousands.
         max_grad_norm: gradients are scaled down to this norm; ``math.inf`` for no clipping.
+        before_step: called with the number of each step, from 0, before its loss is asked for.
+        scaler: of the loss, for float16. A step whose gradients overflow is left out and the scale lowered; that is an
+            error only where the scale is 1 or less already.
         progress: show a progress bar.
         description: what the bar is called.
 
@@ -66,7 +71,8 @@ def train(
         ValueError: a limit that is missing or not positive; ``batches`` is empty or ran out.
         FloatingPointError: the loss or its gradient is not finite; the message names the step.
     """
-    _check_limits(steps, seconds, warmup_steps, max_grad_norm)
+    check_limits(steps, seconds, warmup_steps, max_grad_norm)
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     record = TrainingRecord()
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0)
     mode = model.training
@@ -76,13 +82,19 @@ def train(
         with _bar(steps, seconds, description, progress) as bar:
             for batch in itertools.islice(_repeat(batches), steps):
                 optimizer.zero_grad(set_to_none=True)
+                if before_step is not None:
+                    before_step(record.steps)
                 value = loss(batch)
-                value.backward()
+                scaler.scale(value).backward()
+                scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-                record.losses.append(_check_finite(record.steps, value, norm))
-                optimizer.step()
-                schedule.step()
-                ema.update(model)
+                loss_value, overflowed = _check_finite(record.steps, value, norm, scaler)
+                scaler.step(optimizer)
+                scaler.update()
+                if not overflowed:
+                    schedule.step()
+                    ema.update(model)
+                record.losses.append(loss_value)
                 record.steps += 1
                 record.seconds = time.perf_counter() - start
                 _advance(bar, record, seconds)
@@ -95,7 +107,8 @@ def train(
     return record
 
 
-def _check_limits(steps: int | None, seconds: float | None, warmup_steps: int, max_grad_norm: float) -> None:
+def check_limits(steps: int | None, seconds: float | None, warmup_steps: int, max_grad_norm: float) -> None:
+    """Refuse, with a ValueError, limits that are missing or not positive."""
     if steps is None and seconds is None:
         raise ValueError("training needs a limit: pass steps=..., seconds=..., or both")
     if steps is not None and steps < 1:
@@ -124,14 +137,16 @@ def _repeat(batches: Iterable[Any]) -> Iterator[Any]:
             )
 
 
-def _check_finite(done: int, loss: Tensor, norm: Tensor) -> float:
+def _check_finite(done: int, loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler) -> tuple[float, bool]:
+    """The loss, and whether its gradients overflowed at a loss scale that can still be lowered."""
     kept = f"at step {done + 1}; the model keeps the averaged weights of the {done} steps before"
     value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()  # one synchronisation for both
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} {kept}")
-    if not math.isfinite(norm_value):
+    overflowed = not math.isfinite(norm_value)
+    if overflowed and not (scaler.is_enabled() and scaler.get_scale() > 1):
         raise FloatingPointError(f"the gradient norm is {norm_value} (loss {value:.4g}) {kept}")
-    return value
+    return value, overflowed
 
 
 def _bar(steps: int | None, seconds: float | None, description: str, progress: bool) -> tqdm:

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from sparsedm_compile.finetune import distillation_loss, finetune
+from sparsedm_compile.layers import sparse_layers
+from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.models import UViT
-from sparsedm_compile.noise import VPSDE
-from sparsedm_compile.sparsify import set_pattern, sparsify
+from sparsedm_compile.noise import VPSDE, SchedulerProcess
+from sparsedm_compile.schedules import EIGHTHS, DrawnPatterns, StagedPatterns
+from sparsedm_compile.sparsify import get_plan, set_pattern, sparsify, use_pattern
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +202,207 @@ class TestFinetune:
             weights.append(student.into.weight.detach())
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
         torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)
+
+    def test_diffusers_scheduler_and_model(self):
+        """The first loss recomputed with diffusers' own ``add_noise``."""
+        diffusers = pytest.importorskip("diffusers")
+        scheduler = diffusers.DDPMScheduler()
+        student, teacher = student_and_teacher()
+        batch = images(1)
+        generator = torch.Generator().manual_seed(7)
+        t = torch.randint(1000, (16,), generator=generator)
+        noise = torch.randn(batch[0].shape, generator=generator)
+        x_t = scheduler.add_noise(batch[0], noise, t)
+        with torch.no_grad():
+            ours, theirs = student(x_t, t), teacher(x_t, t)
+        expected = (ours - noise).square().mean() + 0.1 * (ours - theirs).square().mean()
+        process = SchedulerProcess(scheduler)
+        record = finetune(student, teacher, batch, steps=1, seed=7, process=process, progress=False)
+        assert record.losses[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+class TestFixedMask:
+    def test_mask_of_the_start_is_that_of_the_averaged_weights(self):
+        student, teacher = student_and_teacher()
+        start = {name: magnitude_mask(layer.weight, "2:4") for name, layer in sparse_layers(student).items()}
+        finetune(student, teacher, images(), steps=20, learning_rate=4e-2, fixed_mask=True, progress=False)
+        for name, layer in sparse_layers(student).items():
+            assert torch.equal(layer.weight != 0, start[name])
+
+    def test_excludes_patterns(self):
+        student, teacher = student_and_teacher()
+        with pytest.raises(ValueError, match="fixed_mask=True holds one mask and patterns change it"):
+            finetune(student, teacher, images(), steps=1, fixed_mask=True, patterns=["dense", "2:4"])
+
+
+def patterns_seen(model: UViT, calls: list) -> None:
+    """Record the pattern, the mode and whether gradients are on, at each call of the model."""
+    layer = model.in_blocks[0].mlp.fc1
+    layer.register_forward_pre_hook(lambda m, _: calls.append((m.pattern, m.training, torch.is_grad_enabled())))
+
+
+class TestPatterns:
+    def test_each_step_draws_one_and_the_plan_comes_back(self):
+        student, teacher = student_and_teacher()
+        set_pattern(student, "2:4", rules={"*.fc2": "1:4"})
+        plan, calls = get_plan(student), []
+        patterns_seen(student, calls)
+        finetune(student, teacher, images(), steps=30, patterns=["dense", "2:4", "1:4"], seed=2, progress=False)
+        drawn = DrawnPatterns(("dense", "2:4", "1:4"), 2)
+        assert [pattern for pattern, _, _ in calls] == [str(drawn(step)) for step in range(30)]
+        assert {pattern for pattern, _, _ in calls} == {"dense", "2:4", "1:4"}
+        assert get_plan(student) == plan
+        assert student.in_blocks[0].mlp.fc2.pattern == "1:4"
+
+    def test_dense_teaches_in_place(self):
+        """Without a teacher, the target is the model's own dense answer to the same x_t."""
+        student, _ = student_and_teacher()
+        student.in_blocks[0].mlp.register_forward_hook(
+            lambda module, _, output: output + 1 if module.training else output  # tells modes apart, as dropout does
+        )
+        batch, calls = images(1), []
+        seed = next(s for s in range(99) if str(DrawnPatterns(("dense", "1:4"), s)(0)) == "1:4")
+        generator = torch.Generator().manual_seed(seed)
+        t = 1 - torch.rand(16, generator=generator)
+        noise = torch.randn(batch[0].shape, generator=generator)
+        x_t = VPSDE().perturb(batch[0], t, noise)
+        with torch.no_grad(), use_pattern(student, "dense"):
+            theirs = student.eval()(x_t, 999 * t)
+        with torch.no_grad(), use_pattern(student, "1:4"):
+            ours = student.train()(x_t, 999 * t)
+        expected = (ours - noise).square().mean() + 0.1 * (ours - theirs).square().mean()
+        patterns_seen(student, calls)
+        record = finetune(student, None, batch, steps=1, patterns=["dense", "1:4"], seed=seed, progress=False)
+        assert record.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+        assert calls == [("dense", False, False), ("1:4", True, True)]
+
+    def test_a_dense_step_is_not_taught_by_itself(self):
+        student, _ = student_and_teacher()
+        calls = []
+        patterns_seen(student, calls)
+        finetune(student, None, images(), steps=2, patterns=["dense"], progress=False)
+        assert calls == [("dense", True, True)] * 2
+
+    def test_all_patterns_learn(self):
+        losses = {}
+        for name, patterns in (("one", None), ("three", ["dense", "2:4", "1:4"])):
+            student, teacher = student_and_teacher()
+            set_pattern(student, "2:4")
+            teacher = teacher if patterns is None else None
+            options = {"learning_rate": 4e-3, "warmup_steps": 10, "progress": False, "seed": 1}
+            finetune(student, teacher, images(), steps=80, patterns=patterns, **options)
+            for pattern in ("dense", "1:4"):
+                with use_pattern(student, pattern):
+                    losses[name, pattern] = finetune(
+                        copy.deepcopy(student),
+                        None,
+                        images(),
+                        steps=4,
+                        learning_rate=0,
+                        distillation_weight=0,
+                        srste_decay=0,
+                        progress=False,
+                    ).losses
+        assert sum(losses["three", "1:4"]) < 0.97 * sum(losses["one", "1:4"])
+        assert sum(losses["three", "dense"]) < 1.1 * sum(losses["one", "dense"])
+
+    def test_progressive_trains_one_model_and_ends_at_its_last_pattern(self):
+        student, teacher = student_and_teacher()
+        weights, calls = list(student.parameters()), []
+        patterns_seen(student, calls)
+        schedule = StagedPatterns.every(2, ["15:16", "7:8", "3:4", "2:4"])
+        finetune(student, teacher, images(), steps=10, patterns=schedule, progress=False)
+        wanted = ["15:16"] * 2 + ["7:8"] * 2 + ["3:4"] * 2 + ["2:4"] * 4
+        assert [pattern for pattern, _, _ in calls] == wanted
+        assert all(a is b for a, b in zip(student.parameters(), weights, strict=True))
+        assert set(map(str, get_plan(student).patterns().values())) == {"2:4"}
+
+    def test_progressive_stopped_early_is_left_where_it_was(self):
+        student, teacher = student_and_teacher()
+        finetune(student, teacher, images(), steps=3, patterns=StagedPatterns.every(2, EIGHTHS), progress=False)
+        assert student.in_blocks[0].mlp.fc1.pattern == "6:8"
+
+    def test_an_error_puts_the_plan_back(self):
+        student, teacher = student_and_teacher()
+        plan = get_plan(student)
+        for patterns in (["dense", "1:4"], StagedPatterns.every(1, EIGHTHS)):
+            data = images(3)
+            data[2] = data[2] * float("nan")
+            with pytest.raises(FloatingPointError):
+                finetune(student, teacher, data, steps=9, patterns=patterns, progress=False)
+            assert get_plan(student) == plan
+
+    def test_errors(self):
+        student, teacher = student_and_teacher()
+        with pytest.raises(ValueError, match="needs a teacher"):
+            finetune(student, None, images(), steps=1, patterns=["2:4", "1:4"])
+        with pytest.raises(ValueError, match="needs a teacher"):  # dense, taught by nothing, would drift
+            finetune(student, None, images(), steps=1, patterns=["dense", "1:4"], denoising_weight=0)
+        with pytest.raises(ValueError, match=r"no layer of the model takes 1:4v128: output width 16 is not a multiple"):
+            finetune(student, teacher, images(), steps=1, patterns=["dense", "1:4v128"])
+        with pytest.raises(ValueError, match="patterns must be a sequence"):
+            finetune(student, teacher, images(), steps=1, patterns=())
+
+
+class TestMixedPrecision:
+    @pytest.mark.parametrize(("amp", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+    def test_computes_in_half_and_trains_float32_weights(self, amp, dtype):
+        student, teacher = student_and_teacher()
+        seen = set()
+        for model in (student, teacher):
+            model.in_blocks[0].mlp.fc1.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+        record = finetune(
+            student, teacher, images(), steps=40, amp=amp, learning_rate=4e-3, warmup_steps=5, progress=False
+        )
+        assert seen == {dtype}
+        assert sum(record.losses[-10:]) < 0.8 * sum(record.losses[:10])
+        assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+    def test_float16_equals_float32_to_its_precision(self):
+        """Wherever the loss scale were missing or left in, or the decay scaled with it, weights would differ."""
+        results = {}
+        for amp in (None, "float16"):
+            student, teacher = student_and_teacher()
+            finetune(
+                student,
+                teacher,
+                images(),
+                steps=5,
+                amp=amp,
+                srste_decay=0.1,
+                ema_decay=0.0,
+                warmup_steps=0,
+                learning_rate=1e-3,
+                progress=False,
+            )
+            results[amp] = [p.detach() - q for p, q in zip(student.parameters(), teacher.parameters(), strict=True)]
+        moved = torch.cat([d.flatten() for d in results[None]])
+        error = torch.cat([d.flatten() for d in results["float16"]]) - moved
+        assert error.norm() < 0.05 * moved.norm()
+
+    def test_a_teacher_in_place_takes_no_gradient_away(self):
+        """Autocast keeps casts of weights: those made for the teacher have no gradient."""
+        student, _ = student_and_teacher()
+        start = [p.detach().clone() for p in student.parameters()]
+        finetune(
+            student,
+            None,
+            images(),
+            steps=4,
+            patterns=["dense"] + ["1:4"] * 99,
+            amp="bfloat16",
+            ema_decay=0.0,
+            weight_decay=0.0,
+            srste_decay=0.0,
+            progress=False,
+        )
+        still = [n for (n, p), q in zip(student.named_parameters(), start, strict=True) if torch.equal(p, q)]
+        assert still == []
+
+    def test_unknown_type(self):
+        student, teacher = student_and_teacher()
+        with pytest.raises(ValueError, match="amp must be 'bfloat16', 'float16' or None, got 'fp16'"):
+            finetune(student, teacher, images(), steps=1, amp="fp16")
 
 
 class TestErrors:

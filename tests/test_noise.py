@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import nn
 
-from sparsedm_compile.noise import VPSDE
+from sparsedm_compile.noise import VPSDE, SchedulerProcess
 
 
 @given(t=st.floats(1e-4, 1.0))
@@ -94,3 +94,68 @@ def test_shapes_that_would_broadcast_are_refused():
         process.perturb(torch.zeros(2, 4), torch.zeros(2), torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"one time an element: \(2,\)"):
         process.perturb(torch.zeros(2, 4), torch.zeros(1), torch.zeros(2, 4))
+
+
+class TestScheduler:
+    """Against diffusers' own ``add_noise``."""
+
+    @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+    def test_perturb_is_add_noise(self, schedule):
+        diffusers = pytest.importorskip("diffusers")
+        scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, beta_schedule=schedule)
+        process = SchedulerProcess(scheduler)
+        t = torch.arange(100)
+        clean, noise = torch.randn(100, 1, 2, 2), torch.randn(100, 1, 2, 2)
+        # diffusers forms 1 - alphas_cumprod in float32.
+        expected = scheduler.add_noise(clean, noise, t)
+        torch.testing.assert_close(process.perturb(clean, t, noise), expected, rtol=1e-5, atol=1e-5)
+
+    def test_times_are_the_integers_of_the_scheduler(self):
+        diffusers = pytest.importorskip("diffusers")
+        process = SchedulerProcess(diffusers.DDIMScheduler(num_train_timesteps=10))
+        t = process.sample_times(2000, generator=torch.Generator().manual_seed(0))
+        assert t.dtype == torch.int64
+        counts = t.bincount()
+        assert len(counts) == 10
+        assert (counts - 200).abs().max() < 5 * math.sqrt(180)  # binomial
+
+    def test_a_diffusers_model_is_called_as_it_wants(self):
+        diffusers = pytest.importorskip("diffusers")
+        torch.manual_seed(0)
+        model = diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+        )
+        process = SchedulerProcess(diffusers.DDPMScheduler())
+        x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+        with torch.no_grad():
+            expected = model(x, t, return_dict=False)[0]
+            assert torch.equal(process.predict_noise(model, x, t), expected)
+            expected = model(x, t * 999.0, return_dict=False)[0]
+            assert torch.equal(VPSDE().predict_noise(model, x, t.float()), expected)
+
+    def test_schedulers_that_cannot_serve(self):
+        diffusers = pytest.importorskip("diffusers")
+        with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+            SchedulerProcess(diffusers.FlowMatchEulerDiscreteScheduler())
+        with pytest.raises(ValueError, match=r"must predict the noise \('epsilon'\), not 'v_prediction'"):
+            SchedulerProcess(diffusers.DDPMScheduler(prediction_type="v_prediction"))
+
+    def test_repr_tells_processes_apart(self):
+        diffusers = pytest.importorskip("diffusers")
+        kinds = [diffusers.DDPMScheduler(), diffusers.DDPMScheduler(beta_end=0.01), diffusers.DDIMScheduler()]
+        texts = [repr(SchedulerProcess(kind)) for kind in kinds]
+        assert texts[0] != texts[1]
+        assert texts[0] == texts[2]  # the same process, sampled in another way
+
+    def test_shapes_that_would_broadcast_are_refused(self):
+        diffusers = pytest.importorskip("diffusers")
+        process = SchedulerProcess(diffusers.DDPMScheduler())
+        with pytest.raises(ValueError, match=r"one time an element: \(2,\)"):
+            process.perturb(torch.zeros(2, 4), torch.zeros(1, dtype=torch.int64), torch.zeros(2, 4))

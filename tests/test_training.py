@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -107,6 +108,54 @@ def test_an_interrupted_run_keeps_what_it_learned():
     with pytest.raises(KeyboardInterrupt):
         task.train(loss=loss, steps=10, ema=ema)
     assert torch.equal(task.model.weight, ema.shadow["weight"])
+
+
+def test_before_step_sees_every_step_before_its_loss():
+    task, order = Regression(), []
+    task.train(loss=lambda x: (order.append("loss"), task.loss(x))[1], before_step=order.append, steps=3)
+    assert order == [0, "loss", 1, "loss", 2, "loss"]
+
+
+class TestLossScale:
+    def test_does_not_matter(self):
+        """Clipping included: gradients are unscaled before it. Scales are powers of two, hence exact."""
+        results = []
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+            task = Regression()
+            record = task.train(steps=20, scaler=scaler, max_grad_norm=0.5)
+            results.append((record.losses, task.model.weight.item()))
+        assert results[0] == results[1]
+
+    def test_an_overflow_leaves_the_step_out_and_lowers_the_scale(self):
+        task = Regression()
+        ema = EMA(task.model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # times a gradient of 6, this is infinite
+        weights = []
+        task.train(
+            loss=lambda x: (weights.append(task.model.weight.item()), 100 * task.loss(x))[1],
+            batches=task.batches[:1],
+            steps=20,
+            scaler=scaler,
+            ema=ema,
+            warmup_steps=4,
+        )
+        assert weights[0] == weights[1] != weights[-1]
+        assert scaler.get_scale() < 2.0**127
+        left_out = sum(a == b for a, b in itertools.pairwise(weights))
+        assert ema.updates == 20 - left_out  # neither average nor warm-up moved on
+        assert task.rates[left_out : left_out + 4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+
+    def test_a_gradient_that_no_scale_can_save_is_an_error(self):
+        task = Regression()
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+        def loss(x):
+            zero = task.model.weight.sum() - task.model.weight.detach().sum()
+            return task.loss(x) + zero.sqrt()  # finite, with an infinite slope
+
+        with pytest.raises(FloatingPointError, match=r"gradient norm is inf .* at step 4;"):  # scales 8, 4, 2, 1
+            task.train(loss=loss, steps=100, scaler=scaler)
+        assert torch.isfinite(task.model.weight).all()
 
 
 def test_progress_bar_shows_loss_and_time_left(capsys):
