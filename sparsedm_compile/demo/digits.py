@@ -18,10 +18,17 @@ _CHECKPOINT = "digits-uvit.safetensors"
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
+    """The training and the test images of :func:`load_labelled_digits`."""
+    train, _, test, _ = load_labelled_digits()
+    return train, test
+
+
+def load_labelled_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The images, shuffled and split once and for all; no download, they are part of scikit-learn.
 
     Returns:
-        ``(train, test)``: float32 in [-1, 1], ``(1297, 1, 8, 8)`` and ``(500, 1, 8, 8)``.
+        ``(train, train_labels, test, test_labels)``: float32 in [-1, 1], ``(1297, 1, 8, 8)`` and ``(500, 1, 8, 8)``;
+        labels int64.
 
     Raises:
         ImportError: see :func:`check_requirements`.
@@ -29,9 +36,12 @@ def load_digits() -> tuple[Tensor, Tensor]:
     check_requirements()
     from sklearn import datasets
 
-    images = torch.from_numpy(datasets.load_digits().images).float().unsqueeze(1) / 8 - 1  # grey levels are 0 to 16
+    digits = datasets.load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1  # grey levels are 0 to 16
+    labels = torch.from_numpy(digits.target).long()
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))  # the same in every version of NumPy
-    return images[order[:TRAIN_IMAGES]], images[order[TRAIN_IMAGES:]]
+    train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
+    return images[train], labels[train], images[test], labels[test]
 
 
 def batches(images: Tensor, batch: int = 128, seed: int = 0) -> DataLoader:

@@ -12,17 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sparsedm_compile.demo.digits import batches, create_model, load_digits, save_model
-from sparsedm_compile.ema import EMA
-from sparsedm_compile.finetune import distillation_loss
 from sparsedm_compile.models import UViT
-from sparsedm_compile.noise import VPSDE
-from sparsedm_compile.training import train
+from sparsedm_compile.pretraining import pretrain
 
 
-def pretrain(steps: int = 4500, seed: int = 0, progress: bool = True) -> tuple[UViT, list[float]]:
+def pretrain_digits(steps: int = 4500, seed: int = 0, progress: bool = True) -> tuple[UViT, list[float]]:
     """Train the dense model of the demo from random weights on the training images.
 
     Returns:
@@ -30,36 +26,18 @@ def pretrain(steps: int = 4500, seed: int = 0, progress: bool = True) -> tuple[U
     """
     torch.manual_seed(seed)
     model = create_model()
-    process, generator = VPSDE(), torch.Generator().manual_seed(seed)
-
-    def loss(clean: Tensor) -> Tensor:
-        t = process.sample_times(len(clean), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        prediction = process.predict_noise(model, process.perturb(clean, t, noise), t)
-        return distillation_loss(prediction, noise, None, distillation_weight=0)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.03, betas=(0.9, 0.99))
-    record = train(
-        model,
-        optimizer,
-        loss,
-        batches(load_digits()[0], seed=seed),
-        ema=EMA(model, 0.999),
-        steps=steps,
-        progress=progress,
-        description="pretrain",
-    )
+    record = pretrain(model, batches(load_digits()[0], seed=seed), steps=steps, seed=seed, progress=progress)
     return model.eval(), record.losses
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m sparsedm_compile.demo.pretrain", description=pretrain.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sparsedm_compile.demo.pretrain", description=pretrain_digits.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    model, losses = pretrain(options.steps, options.seed)
+    model, losses = pretrain_digits(options.steps, options.seed)
     save_model(model, options.out)
     last = losses[-500:]
     sys.stdout.write(f"wrote {options.out}; mean loss of the last {len(last)} steps {sum(last) / len(last):.4f}\n")

@@ -1,0 +1,153 @@
+"""Judging all rows of a recipe's folder; what was judged already is kept."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsedm_compile.benchmarking import bench_model
+from sparsedm_compile.layers import layer_pattern, sparse_layers
+from sparsedm_compile.provenance import provenance
+from sparsedm_compile.quality.distances import ReferenceSet
+from sparsedm_compile.quality.judge import Score, judge
+from sparsedm_compile.quality.report import QualityReport
+from sparsedm_compile.recipes.config import RowConfig
+from sparsedm_compile.recipes.data import ImageData
+from sparsedm_compile.recipes.workspace import Workspace, write_json
+from sparsedm_compile.sparsify import set_pattern
+
+DENSE_ROW = "dense"
+
+
+def judge_rows(
+    workspace: Workspace, data: ImageData, rows: tuple[RowConfig, ...], *, dense: bool = True, progress: bool = True
+) -> None:
+    """Judge the dense model and ``rows``, those that are not judged yet, and write a score file for each.
+
+    Several processes may judge different rows of one folder at the same time.
+
+    Raises:
+        FileNotFoundError: a row was never made.
+    """
+    quality = workspace.recipe.quality
+    reference = ReferenceSet(workspace.features(data, progress=progress), data.test)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # every pattern is a graph
+
+    def score(name: str, file: str, model: nn.Module, pattern: str) -> None:
+        result, shown = judge(
+            name,
+            model,
+            reference,
+            data.test,
+            seeds=quality.seeds,
+            samples=quality.samples,
+            solver=quality.solver,
+            steps=quality.steps,
+            batch=quality.batch,
+            pattern=pattern,
+            progress=progress,
+        )
+        torch.save(shown, workspace.folder / "scores" / f"{file}.pt")
+        write_json(workspace.folder / "scores" / f"{file}.json", {**result.to_dict(), "provenance": provenance()})
+
+    if dense and not _score_file(workspace, DENSE_ROW).exists():
+        score(DENSE_ROW, DENSE_ROW, workspace.dense(data, train=False), "dense")
+    for row in rows:
+        for name, file, pattern in _variants(row):
+            if _score_file(workspace, file).exists():
+                continue
+            model = workspace.row(row, data, make=False)
+            if pattern is not None:
+                set_pattern(model, pattern)
+            score(name, file, model, _patterns_of(model))
+
+
+def _variants(row: RowConfig) -> list[tuple[str, str, str | None]]:
+    """Name, file and pattern of what is judged of a row: a flexible one at each of its patterns."""
+    if not row.flexible:
+        return [(row.name, row.file, None)]
+    return [(f"{row.name}, at {p}", f"{row.file}-at-{p.replace(':', '-')}", p) for p in row.flexible]
+
+
+def _patterns_of(model: nn.Module) -> str:
+    patterns = {str(layer_pattern(layer)) for layer in sparse_layers(model).values()}
+    return ", ".join(sorted(patterns)) or "dense"
+
+
+def _score_file(workspace: Workspace, file: str) -> Path:
+    return workspace.folder / "scores" / f"{file}.json"
+
+
+def measure_speed(
+    workspace: Workspace, data: ImageData, rows: tuple[RowConfig, ...], *, batch: int = 64, seconds: float = 10.0
+) -> None:
+    """Time each distinct plan of the rows against the faster dense compilation and write ``scores/speed.json``.
+
+    Run it alone on the machine. Speed does not depend on how a row was trained, so rows of one pattern share a figure.
+    """
+    dense = workspace.dense(data, train=False)
+    inputs = data.test[:batch], torch.full((batch,), 500.0)
+    timed: dict[str, dict] = {}
+    for row in rows:
+        model = workspace.row(row, data, make=False)
+        for name, _, pattern in _variants(row):
+            if pattern is not None:
+                set_pattern(model, pattern)
+            plan = {layer: str(layer_pattern(module)) for layer, module in sparse_layers(model).items()}
+            if set(plan.values()) <= {"dense"}:
+                continue
+            key = json.dumps(plan, sort_keys=True)
+            if key not in timed:
+                report = bench_model(
+                    dense, inputs, patterns=["2:4"], policy=row.policy, rules=plan, seconds=seconds, name=name
+                )
+                timed[key] = report.to_dict() | {"names": []}
+            timed[key]["names"].append(name)
+    write_json(workspace.folder / "scores" / "speed.json", {"runs": list(timed.values()), "provenance": provenance()})
+
+
+def collect(workspace: Workspace, data: ImageData, *, progress: bool = True) -> tuple[QualityReport, dict[str, Tensor]]:
+    """The report of everything judged so far, and samples by row name.
+
+    Raises:
+        FileNotFoundError: the dense model was not judged.
+    """
+    features = workspace.features(data, progress=progress)
+    scores, samples = [], {}
+    sources = {}
+    for file in (DENSE_ROW, *(file for row in workspace.recipe.rows for _, file, _ in _variants(row))):
+        path = _score_file(workspace, file)
+        if not path.exists():
+            if file == DENSE_ROW:
+                raise FileNotFoundError(f"{path} does not exist: the dense model must be judged first")
+            continue
+        values = json.loads(path.read_text())
+        sources["scores"] = values.pop("provenance")
+        scores.append(Score.from_dict(values))
+        samples[scores[-1].name] = torch.load(path.with_suffix(".pt"), weights_only=True)
+    speedups = {}
+    if (speed := workspace.folder / "scores" / "speed.json").exists():
+        timed = json.loads(speed.read_text())
+        sources["speed"] = timed["provenance"]
+        for run in timed["runs"]:
+            row = run["patterns"][0]
+            speedups |= dict.fromkeys(run["names"], (row["speedup"], row["spread"]))
+    report = QualityReport(
+        title=f"sparsedm quality, recipe {workspace.recipe.name}",
+        metric=features.name,
+        features_sha256=features.sha256,
+        classifier_accuracy=features.accuracy,
+        floor=_floor(workspace, features, data),
+        rows=tuple(scores),
+        speedups=speedups,
+        provenance=sources,
+    )
+    return report, samples
+
+
+def _floor(workspace: Workspace, features, data: ImageData) -> float:
+    """Distance of training images to the test images, as many as there are samples."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    chosen = data.train[order[: workspace.recipe.quality.samples]]
+    return ReferenceSet(features, data.test).distances(chosen).frechet
