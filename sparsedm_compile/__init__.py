@@ -8,7 +8,7 @@ from sparsedm_compile.explain import Explanation, explain
 from sparsedm_compile.finetune import distillation_loss, finetune
 from sparsedm_compile.fixed_mask import FixedMask
 from sparsedm_compile.layers import SparseConv2d, SparseLinear
-from sparsedm_compile.macs import MacsReport, count_macs
+from sparsedm_compile.macs import MacsReport, RunMacs, count_macs
 from sparsedm_compile.masked_weight import masked_weight
 from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.noise import VPSDE, NoiseProcess, SchedulerProcess
@@ -16,10 +16,11 @@ from sparsedm_compile.pack import PackReport, pack
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.plan import LayerInfo, Plan, PlanLayer
 from sparsedm_compile.planning import make_plan
-from sparsedm_compile.sampling import sample
+from sparsedm_compile.sampling import sample, sampling_times
 from sparsedm_compile.schedules import EIGHTHS, HALVED_GROUPS, DrawnPatterns, PatternSchedule, StagedPatterns
 from sparsedm_compile.sparsify import get_plan, set_pattern, sparsify, use_pattern
 from sparsedm_compile.srste import SRSTE
+from sparsedm_compile.timestep_schedule import TimestepSchedule
 from sparsedm_compile.training import TrainingRecord
 
 __all__ = [
@@ -40,10 +41,12 @@ __all__ = [
     "PatternSchedule",
     "Plan",
     "PlanLayer",
+    "RunMacs",
     "SchedulerProcess",
     "SparseConv2d",
     "SparseLinear",
     "StagedPatterns",
+    "TimestepSchedule",
     "TrainingRecord",
     "calibration_set",
     "count_macs",
@@ -57,6 +60,7 @@ __all__ = [
     "pack",
     "refresh",
     "sample",
+    "sampling_times",
     "set_pattern",
     "sparsedm",
     "sparsify",

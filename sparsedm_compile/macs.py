@@ -2,12 +2,12 @@
 
 import difflib
 import inspect
-from collections import ChainMap, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import ChainMap, Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from rich.table import Table
@@ -33,6 +33,16 @@ class HasPatterns(Protocol):
 
     def patterns(self) -> Mapping[str, Pattern | str]:
         """Layer name -> pattern."""
+
+
+class Schedule(Protocol):
+    """A :class:`sparsedm_compile.TimestepSchedule`, which stands above this module."""
+
+    def at(self, timestep: float) -> Hashable:
+        """The range of a time; prints as an interval."""
+
+    def use(self, model: nn.Module) -> AbstractContextManager[Callable[[float], None]]:
+        """A block in which the model follows the schedule, by calls of what it yields."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +124,84 @@ class MacsReport(RichText):
         return table
 
 
+@dataclass(frozen=True)
+class RangeMacs:
+    """The steps of a sampling run that share one range of its schedule.
+
+    Attributes:
+        range: of times, as an interval.
+        steps: how many of the run's steps lie in it.
+        step: the MACs of each of them.
+    """
+
+    range: str
+    steps: int
+    step: MacsReport
+
+
+@dataclass(frozen=True)
+class RunMacs(RichText):
+    """MACs of a whole sampling run, one call of the model a step; prints as a table.
+
+    Attributes:
+        steps: calls of the model.
+        dense: MACs of all linear and convolution layers over all steps, zeros included.
+        sparse: MACs of the same when zeros are skipped, at each step those of its patterns.
+        attention: MACs of products of two activations over all steps.
+        ranges: those that a step lies in, in the order of the run.
+    """
+
+    steps: int
+    dense: int
+    sparse: int
+    attention: int
+    ranges: tuple[RangeMacs, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON; all numbers are integers."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        saved = 1 - self.sparse / self.dense if self.dense else 0.0
+        table = Table(
+            title=f"MACs of {self.steps} steps",
+            caption=f"linear and conv {_si(self.dense)} dense, {_si(self.sparse)} sparse (-{saved:.1%}); "
+            f"attention {_si(self.attention)}",
+        )
+        table.add_column("times")
+        for column in ("steps", "dense", "sparse", "sparse, one step"):
+            table.add_column(column, justify="right")
+        for row in self.ranges:
+            numbers = (row.steps * row.step.dense, row.steps * row.step.sparse, row.step.sparse)
+            table.add_row(row.range, str(row.steps), *map(_si, numbers))
+        return table
+
+
+@overload
 def count_macs(
     model: nn.Module,
     *inputs: Any,
     plan: Mapping[str, Pattern | str] | HasPatterns | None = None,
+    schedule: None = None,
     **kwargs: Any,
-) -> MacsReport:
-    """Count the MACs of one forward pass, ``model(*inputs, **kwargs)``, from shapes alone.
+) -> MacsReport: ...
+
+
+@overload
+def count_macs(
+    model: nn.Module, *inputs: Any, schedule: Schedule, times: Iterable[float], **kwargs: Any
+) -> RunMacs: ...
+
+
+def count_macs(
+    model: nn.Module,
+    *inputs: Any,
+    plan: Mapping[str, Pattern | str] | HasPatterns | None = None,
+    schedule: Schedule | None = None,
+    times: Iterable[float] | None = None,
+    **kwargs: Any,
+) -> MacsReport | RunMacs:
+    """Count the MACs of one forward pass, ``model(*inputs, **kwargs)``, or of a sampling run, from shapes alone.
 
     Model and inputs may live on any device, ``"meta"`` included, in any mix; fake tensors stand in for them, so a model
     of 12 billion parameters takes seconds and no memory, and the model is left as it was. The formulas are those of
@@ -130,16 +211,29 @@ def count_macs(
         model: dense, sparsified or packed; a compiled model is counted as the eager model that it was made from.
         plan: patterns to count a model at without touching it: layer name -> pattern, or a :class:`Plan`. A layer that
             it does not name keeps its own pattern.
+        schedule: a :class:`sparsedm_compile.TimestepSchedule` for a sparsified model; counts one pass for each of
+            ``times``, which :func:`sparsedm_compile.sampling_times` gives for :func:`sparsedm_compile.sample`. The
+            model takes the patterns of each range for a moment and gets its own back.
+        times: of the steps, in the units of the schedule.
         inputs, kwargs: of ``model.forward``; only the shapes and dtypes of tensors matter.
 
     Returns:
-        Integers, in MACs (one MAC is two FLOPs), parameters and bytes.
+        Integers, in MACs (one MAC is two FLOPs), parameters and bytes; with a schedule a :class:`RunMacs`.
 
     Raises:
-        TypeError: ``model`` is no module, or ``plan`` is no plan.
-        ValueError: the inputs do not fit ``model.forward``; it needs the values of a tensor; or ``plan`` names a layer
-            that does not exist or that cannot take its pattern.
+        TypeError: ``model`` is no module, ``plan`` is no plan, or one of ``schedule`` and ``times`` comes without the
+            other.
+        ValueError: the inputs do not fit ``model.forward``; it needs the values of a tensor; ``plan`` names a layer
+            that does not exist or that cannot take its pattern; no times, or one outside of the schedule; a schedule
+            that does not fit the model.
     """
+    if (schedule is None) != (times is None):
+        missing = "times, the timesteps of the run" if times is None else "schedule, the patterns over time"
+        raise TypeError(f"count_macs of a sampling run needs schedule and times; {missing}, is missing")
+    if schedule is not None:
+        if plan is not None:
+            raise TypeError("count_macs takes plan or schedule: a schedule has patterns of its own")
+        return _count_run(model, inputs, kwargs, schedule, list(times))
     model = unwrap(model)
     patterns = _patterns(model, plan)
     try:
@@ -167,6 +261,27 @@ def count_macs(
                 "the shapes; a model that reads the values of a tensor (.item()) cannot be counted, for there are none"
             ) from error
     return _report(model, counter.macs, patterns)
+
+
+def _count_run(
+    model: nn.Module, inputs: tuple, kwargs: dict[str, Any], schedule: Schedule, times: list[float]
+) -> RunMacs:
+    if not times:
+        raise ValueError("times is empty: name the timestep of each step, as sampling_times(...) does")
+    rows = []
+    first_times = {schedule.at(time): time for time in reversed(times)}
+    steps = Counter(schedule.at(time) for time in times)
+    with schedule.use(model) as switch:
+        for interval, count in steps.items():
+            switch(first_times[interval])
+            rows.append(RangeMacs(str(interval), count, count_macs(model, *inputs, **kwargs)))
+    return RunMacs(
+        steps=len(times),
+        dense=sum(row.steps * row.step.dense for row in rows),
+        sparse=sum(row.steps * row.step.sparse for row in rows),
+        attention=sum(row.steps * row.step.attention for row in rows),
+        ranges=tuple(rows),
+    )
 
 
 def _fake(tensor: Tensor) -> Tensor:
