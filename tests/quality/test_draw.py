@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sparsedm_compile.noise import VPSDE
@@ -28,7 +29,7 @@ class Blend(nn.Module):
 def test_samples_are_those_of_the_sampler_whatever_the_batch():
     noise = torch.randn(10, 1, 4, 4, generator=torch.Generator().manual_seed(5))
     expected = sample(Blend(), noise, steps=4, clip=1.0).clamp(-1, 1)
-    for batch in (10, 4, 3, 64):
+    for batch in (10, 4, 3):
         drawn = draw(Blend(), 10, (1, 4, 4), seed=5, steps=4, batch=batch, progress=False)
         assert torch.allclose(drawn, expected, atol=1e-6)
 
@@ -37,6 +38,21 @@ def test_every_batch_has_one_size():
     model = Shrink()
     draw(model, 10, (1, 4, 4), steps=2, batch=4, progress=False)
     assert set(model.batches) == {4}
+
+
+def _draw_in_process(rank, world, folder):
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    drawn = draw(Blend(), 7, (1, 4, 4), seed=5, steps=3, batch=2, progress=False)
+    torch.save(drawn, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_draw_what_one_draws(tmp_path):
+    torch.multiprocessing.spawn(_draw_in_process, (2, str(tmp_path)), nprocs=2)
+    expected = draw(Blend(), 7, (1, 4, 4), seed=5, steps=3, batch=2, progress=False)
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 def test_stochastic_solver_is_reproducible():

@@ -1,0 +1,183 @@
+"""From data to report with a recipe so small that its figures mean nothing: what is tested is that they are made."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from sparsedm_compile.cli import app
+from sparsedm_compile.layers import layer_pattern, sparse_layers
+from sparsedm_compile.masks import magnitude_mask
+from sparsedm_compile.recipes.config import load_recipe
+from sparsedm_compile.recipes.data import load_images
+from sparsedm_compile.recipes.workspace import Workspace
+
+RECIPE = """
+[data]
+name = "digits"
+[model]
+img_size = 8
+patch_size = 4
+in_chans = 1
+embed_dim = 32
+depth = 2
+num_heads = 2
+[train]
+steps = 3
+[finetune]
+steps = 2
+batch = 16
+[quality]
+samples = 40
+seeds = [0, 1]
+steps = 2
+batch = 20
+[[rows]]
+name = "one-shot 2:4"
+train = false
+[[rows]]
+name = "ASP 2:4"
+mask = "fixed"
+teacher = false
+[[rows]]
+name = "SparseGPT 2:4v2"
+pattern = "2:4v2"
+select = "sparsegpt"
+permute = true
+[[rows]]
+name = "half"
+macs = 0.5
+candidates = ["2:4", "1:4"]
+policy = "all"
+[[rows]]
+name = "flexible"
+flexible = ["dense", "1:4"]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "tiny.toml").write_text(RECIPE)
+
+    def invoke(*arguments):
+        return CliRunner().invoke(
+            app, [arguments[0], str(folder / "tiny.toml"), "--out", str(folder / "run"), *arguments[1:]]
+        )
+
+    def succeed(*arguments):
+        result = invoke(*arguments)
+        assert result.exit_code == 0, result.output
+        return result
+
+    invoke.succeed = succeed
+    invoke.folder = folder / "run"
+    invoke.recipe = str(folder / "tiny.toml")
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def made(run):
+    early = run("finetune")
+    assert early.exit_code == 2
+    assert "run 'sparsedm train'" in early.output
+    run.succeed("train")
+    run.succeed("finetune")
+    return run
+
+
+def model_of(made, name):
+    recipe = load_recipe(made.recipe)
+    workspace, data = Workspace(recipe, made.folder), load_images(recipe.data, None)
+    return workspace.row(recipe.row(name), data, make=False), workspace.dense(data, train=False)
+
+
+def test_rows_come_back_with_their_plan_and_their_masks(made):
+    model, dense = model_of(made, "ASP 2:4")
+    layers = sparse_layers(model)
+    assert {str(layer_pattern(layer)) for layer in layers.values()} == {"2:4"}
+    originals = dict(dense.named_modules())
+    for name, layer in layers.items():
+        # The mask of ASP is that of the dense weights it started from, whatever training did since.
+        mask = magnitude_mask(originals[name].weight, "2:4")
+        assert torch.equal(layer.weight != 0, mask & (layer.weight != 0))
+
+
+def test_budget_row_keeps_within_half_the_macs(made):
+    notes = json.loads((made.folder / "rows" / "half.json").read_text())
+    assert "budget" in notes
+    model, dense = model_of(made, "half")
+    from sparsedm_compile import count_macs
+
+    inputs = torch.zeros(1, 1, 8, 8), torch.zeros(1)
+    assert count_macs(model, *inputs).sparse <= 0.5 * count_macs(dense, *inputs).dense
+
+
+def test_flexible_row_keeps_its_dense_weights(made):
+    model, _ = model_of(made, "flexible")
+    from sparsedm_compile import set_pattern
+
+    set_pattern(model, "dense")
+    assert all((layer.weight != 0).float().mean() > 0.99 for layer in sparse_layers(model).values())
+
+
+def test_logs_and_metadata(made):
+    lines = (made.folder / "rows" / "half.csv").read_text().splitlines()
+    assert lines[0] == "step,loss"
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2"]
+    with safe_open(made.folder / "rows" / "half.safetensors", "pt") as file:
+        assert file.metadata()
+
+
+def test_what_exists_is_kept(made):
+    paths = [made.folder / "dense.safetensors", *sorted((made.folder / "rows").glob("*.safetensors"))]
+    assert len(paths) == 6
+    before = [path.stat().st_mtime_ns for path in paths]
+    made.succeed("train")
+    made.succeed("finetune")
+    assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_quality_judges_every_row_and_writes_the_report(made):
+    result = made.succeed("quality", "--json")
+    report = json.loads(result.stdout)
+    names = [row["name"] for row in report["rows"]]
+    assert names == [
+        "dense",
+        "one-shot 2:4",
+        "ASP 2:4",
+        "SparseGPT 2:4v2",
+        "half",
+        "flexible, at dense",
+        "flexible, at 1:4",
+    ]
+    assert report["metric"] == "FD-CNN"
+    for row in report["rows"]:
+        assert len(row["frechet"]) == 2
+        assert row["validation_loss"] > 0
+        assert row["samples"] == 40
+    macs = {row["name"]: row["macs"] for row in report["rows"]}
+    assert (
+        macs["dense"] == macs["flexible, at dense"] > macs["one-shot 2:4"] == macs["ASP 2:4"] > macs["flexible, at 1:4"]
+    )
+    assert json.loads((made.folder / "report.json").read_text()) == report
+    html = (made.folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 2
+    assert all(name in html for name in names)
+    # Judged already, so only collected: the scores do not change.
+    again = made.succeed("quality", "--json")
+    assert json.loads(again.stdout)["rows"] == report["rows"]
+
+
+def test_errors(made):
+    result = made("finetune", "--row", "nothing")
+    assert result.exit_code == 2
+    assert "has no row 'nothing'; rows are one-shot 2:4" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["train", "mnist", "--out", str(made.folder)])
+    assert result.exit_code == 2
+    assert "unknown recipe 'mnist'" in result.output
+    result = CliRunner().invoke(app, ["train", "fashion-mnist", "--out", str(made.folder)])
+    assert result.exit_code == 2
+    assert "fashion_mnist_28.npz" in result.output
