@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsedm_compile.kernels.cuda import build
-from sparsedm_compile.kernels.cuda.launch import Program, chip, launch
+from sparsedm_compile.kernels.cuda.launch import Boxed, Program, chip, launch
 from sparsedm_compile.kernels.cuda.tiles import Tile, choose_tile
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 from sparsedm_compile.kernels.two_four.compress import carry_refusal, compress, expand, from_matrix
@@ -23,14 +23,16 @@ class CudaKernel(Kernel):
 
     ``wgmma.cu`` is for Hopper, ``mma.cu`` for the others and for small shapes.
 
-    A convolution is an implicit product: patches are gathered from the NHWC image on their way into shared memory.
+    A convolution is an implicit product: patches are gathered from the NHWC image on their way into shared memory. With
+    a window of one pixel and no stride the image is a matrix as it lies, and treated as one.
+
     Bias, activation and residual are applied in fp32 to the accumulators, rounded once.
 
     A packed weight is ``values`` and ``index`` of :mod:`sparsedm_compile.kernels.two_four.fragments`.
     """
 
     name = "cuda"
-    version = "1"
+    version = "2"
     devices = ("cuda",)
 
     def refusal(self, spec: LayerSpec) -> str | None:
@@ -107,9 +109,9 @@ def program(spec: LayerSpec, tile: Tile, shared_limit: int) -> Program:
         "WARP_N": tile.warp_tokens,
         "STAGES": stages,
         "BLOCKS": tile.blocks,
-        "CONVOLUTION": int(spec.op == "conv2d"),
+        "CONVOLUTION": int(not _is_product(spec)),
     }
-    if spec.op == "conv2d":
+    if not _is_product(spec):
         pairs = {
             "WINDOW": spec.weight_shape[2:],
             "STRIDE": spec.stride,
@@ -117,7 +119,7 @@ def program(spec: LayerSpec, tile: Tile, shared_limit: int) -> Program:
             "DILATION": spec.dilation,
         }
         defines |= {f"{name}_{side}": n for name, pair in pairs.items() for side, n in zip("HW", pair, strict=True)}
-    return Program(tile.source, tuple(defines.items()), tile.threads, stages * tile.stage_bytes)
+    return Program(tile.source, tuple(defines.items()), tile.threads, tile.shared(stages))
 
 
 @lru_cache(maxsize=4096)
@@ -145,9 +147,16 @@ def _run(
     variant, tile = _plan(spec, tokens, x.device)
     bias = None if epilogue.bias is None else _aligned(epilogue.bias)
     residual = None if residual is None else _aligned(residual)
-    tensors = [values, index, x, bias, residual, out]
+    by_engine = tile.source == "wgmma.cu" and _is_product(spec)
+    operand = Boxed(x.reshape(tokens, width), tile.tokens) if by_engine else x
+    tensors = [values, index, operand, bias, residual, out]
     numbers = [rows, tokens, _ACTIVATIONS[epilogue.activation], width, -(-width // K_BLOCK), *image]
     launch(variant, (-(-rows // tile.rows), -(-tokens // tile.tokens)), x.device, tensors, numbers)
+
+
+def _is_product(spec: LayerSpec) -> bool:
+    """Whether ``x`` is a matrix as it lies, also where it is an NHWC image."""
+    return spec.op == "linear" or (spec.weight_shape[2:], spec.stride, spec.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def _matrix_shape(spec: LayerSpec) -> tuple[int, int]:

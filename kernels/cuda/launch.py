@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsedm_compile.kernels.cuda.build import Defines, cubin_path
+from sparsedm_compile.kernels.cuda.tensor_map import tensor_map
 
 _NAME = "sparse_gemm"  # the one entry point of every source
 
@@ -25,6 +27,14 @@ class Program:
     defines: Defines
     threads: int
     shared: int
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """A contiguous matrix of 16-bit elements that a kernel takes as a tensor map, in boxes of ``box_rows`` rows."""
+
+    matrix: Tensor
+    box_rows: int
 
 
 @dataclass(frozen=True)
@@ -50,19 +60,21 @@ def launch(program: Program, grid: tuple[int, int], device: torch.device, tensor
     """Run ``program`` on the current stream of ``device``; may be captured into a CUDA graph once it ran before.
 
     Args:
-        tensors: Tensors, or None for a null pointer; then come ``numbers`` as 32-bit ints.
+        tensors: Tensors or :class:`Boxed`, None for a null pointer; then come ``numbers`` as 32-bit ints.
     """
     import cupy
     import numpy
 
     index = torch.cuda.current_device() if device.index is None else device.index
-    arguments = [_pointer(tensor) for tensor in tensors] + [numpy.int32(number) for number in numbers]
+    arguments = [_argument(tensor) for tensor in tensors] + [numpy.int32(number) for number in numbers]
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream):
         _function(program, index)(grid, (program.threads,), tuple(arguments), shared_mem=program.shared)
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def _argument(tensor: Tensor | Boxed | None) -> Any:
+    if isinstance(tensor, Boxed):
+        return tensor_map(tensor.matrix.data_ptr(), *tensor.matrix.shape, tensor.box_rows)
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 _STEP = 64  # columns a step; fragments.K_BLOCK
+_BARRIERS = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,16 @@ class Tile:
         """Shared memory of one step: kept weights, metadata, activations."""
         return self.rows * _STEP + self.rows * 8 + self.tokens * _STEP * 2
 
+    def shared(self, stages: int) -> int:
+        """Shared memory of a block: its steps in flight and, for the copy engine, a barrier each."""
+        return stages * self.stage_bytes + (_BARRIERS if self.source == "wgmma.cu" else 0)
+
     def stages(self, shared_limit: int) -> int:
         """Steps in flight on a chip whose blocks may use ``shared_limit`` bytes; 0 if the tile does not fit."""
         # The multiprocessor has 1 KB more than a block may use, and every resident block reserves one.
         for blocks in (self.blocks, 1):
             for stages in range(self.most_stages, self.fewest_stages - 1, -1):
-                if blocks * (stages * self.stage_bytes + 1024) <= shared_limit + 1024:
+                if blocks * (self.shared(stages) + 1024) <= shared_limit + 1024:
                     return stages
         return 0
 

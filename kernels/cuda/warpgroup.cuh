@@ -1,11 +1,55 @@
-// The instructions of Hopper's warpgroups: four warps multiply at once, asynchronously, and take activations from shared
-// memory. Replaced in the tests, as tensor_core.cuh is.
+// The instructions of Hopper: warpgroups, whose four warps multiply at once, asynchronously, and take activations from
+// shared memory; and the copy engine (TMA), which needs one thread to move a whole tile. Replaced in the tests, as
+// tensor_core.cuh is.
 #ifndef SPARSEDM_WARPGROUP
 #define SPARSEDM_WARPGROUP
 #include "tensor_core.cuh"
 
-// Make this thread's finished copies into shared memory visible to the tensor cores.
-__device__ __forceinline__ void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Make what this thread wrote into shared memory visible to tensor cores and copy engine.
+__device__ __forceinline__ void show_to_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier in shared memory whose phase ends once its one announcement was made and all bytes announced have arrived.
+__device__ __forceinline__ void create_barrier(unsigned barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void announce_bytes(unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Wait until the phase of this parity has ended; the first phase has parity 0.
+__device__ __forceinline__ void wait_bytes(unsigned barrier, unsigned parity) {
+    asm volatile(
+        "{.reg .pred ended;"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;"
+        "@!ended bra again;}" ::"r"(barrier), "r"(parity)
+        : "memory"
+    );
+}
+
+// Copy `bytes` (a multiple of 16, as are both addresses) and tell `barrier`.
+__device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory"
+    );
+}
+
+// A matrix as the copy engine knows it: made by tensor_map.py, box and swizzle included.
+struct __align__(64) TensorMap {
+    char opaque[128];
+};
+
+// Copy the box whose first element is `column` of `row`, zeros where it leaves the matrix, and tell `barrier`; always a
+// whole box of bytes. `map` must be a __grid_constant__ parameter.
+__device__ __forceinline__ void copy_box(unsigned shared, const TensorMap& map, int column, int row, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+            "r"(shared), "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory"
+    );
+}
 
 // Order this warpgroup's register accesses before the products that follow.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,4 +1,7 @@
-"""The CUDA kernels compiled for every chip, without one: registers, spills, shared memory, instructions."""
+"""The CUDA kernels compiled for every chip, without one: registers, spills, shared memory, instructions.
+
+Every tile on every chip: ``pytest -m slow``.
+"""
 
 import re
 import shutil
@@ -47,15 +50,27 @@ def inspect(cubin, path):
     return {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}, sass
 
 
+def matrix():
+    """Every tile that may be chosen on a chip, for both operators; fast are all of wgmma.cu and, of mma.cu, one a chip
+    and operator, dealt out so that each tile is among them."""
+    chosen = []
+    for at, (arch, limit) in enumerate(SHARED.items()):
+        fitting = [tile for tile in TILES if tile.arch in (None, arch) and tile.stages(limit * 1024)]
+        for turn, op in enumerate(("linear", "conv2d")):
+            dealt = [tile for tile in fitting if tile.source == "mma.cu"]
+            fast = [dealt[(at + turn) % len(dealt)], *(tile for tile in fitting if tile.source == "wgmma.cu")]
+            for tile in fitting:
+                name = f"{arch}-{op}-{tile.source[:-3]}-{tile.rows}x{tile.tokens}"
+                marks = () if tile in fast else pytest.mark.slow
+                chosen.append(pytest.param(arch, tile, op, id=name, marks=marks))
+    return chosen
+
+
 @needs_nvrtc
 @needs_tools
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.source[:-3]}-{tile.rows}x{tile.tokens}")
-@pytest.mark.parametrize("op", ["linear", "conv2d"])
+@pytest.mark.parametrize(("arch", "tile", "op"), matrix())
 def test_compiles_without_spills(arch, tile, op, tmp_path):
     limit = SHARED[arch] * 1024
-    if tile.arch not in (None, arch) or not tile.stages(limit):
-        pytest.skip("this chip lacks the instructions or the shared memory; the tile is never chosen there")
     variant = program(spec(op), tile, limit)
     usage, sass = inspect(compile_cubin(variant.source, arch, variant.defines), tmp_path / "kernel.cubin")
     assert usage["STACK"] == 0
@@ -66,7 +81,11 @@ def test_compiles_without_spills(arch, tile, op, tmp_path):
     assert variant.shared >= tile.threads // tile.group * 32 * (tile.warp_rows + 4) * 4, (
         "the epilogue turns its tiles in it"
     )
-    assert "LDGSTS.E.BYPASS.128" in sass
+    # by the copy engine: weights as they were packed, activations through a tensor map; else by asynchronous copies
+    engine = tile.source == "wgmma.cu"
+    assert ("UBLKCP" in sass) == engine
+    assert ("UTMALDG.2D" in sass) == (engine and op == "linear")
+    assert ("LDGSTS.E.BYPASS.128" in sass) != (engine and op == "linear")
     # two instructions of depth 32 a step
     if tile.source == "wgmma.cu":
         assert len(re.findall(r"HGMMA\.SP\.64x128x32\.F32\.BF16", sass)) == 2 * 2 * (tile.tokens // 128)

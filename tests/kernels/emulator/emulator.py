@@ -7,7 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import torch
+
 import sparsedm_compile.kernels.cuda as cuda
+from sparsedm_compile.kernels.cuda.launch import Boxed
+from sparsedm_compile.kernels.cuda.tensor_map import BOX_COLUMNS
 
 HERE = Path(__file__).parent
 available = shutil.which("g++") is not None
@@ -32,8 +36,16 @@ def launch(program, grid, device, tensors, numbers, lazy=True):
     Raises:
         AssertionError: the kernel did what the hardware forbids: see gpu.h.
     """
-    pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
-    sizes = (ctypes.c_longlong * 3)(*(t.numel() * t.element_size() for t in tensors[:3]))
+    boxed = [t.matrix if isinstance(t, Boxed) else t for t in tensors]
+    sizes = (ctypes.c_longlong * 3)(*(t.numel() * t.element_size() for t in boxed[:3]))
+    maps = [_map(t) if isinstance(t, Boxed) else t for t in tensors]  # kept until the kernel is done
+    pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in maps]
     ints = (ctypes.c_int * len(numbers))(*numbers)
     error = _library(program)(*grid, program.shared, int(lazy), *pointers[:3], sizes, *pointers[3:], ints)
     assert error is None, error.decode()
+
+
+def _map(boxed):
+    """The tensor map of gpu.h."""
+    rows, columns = boxed.matrix.shape
+    return torch.tensor([boxed.matrix.data_ptr(), columns, rows, BOX_COLUMNS, boxed.box_rows, *[0] * 11])

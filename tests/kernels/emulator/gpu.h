@@ -2,10 +2,11 @@
 //
 // Threads are fibers. One runs until it meets its warp (ldmatrix, mma), its warpgroup (wgmma) or its block
 // (__syncthreads) and is then parked; a warp runs until it waits for others, four warps until they wait for their block,
-// so a missing barrier shows: warp 0 is always far ahead. Asynchronous copies land either at once or only when they are
-// waited for, and so do a warpgroup's products; a kernel must be right both ways. Shared memory starts as NaN. Every
-// copy is checked against the buffers that the caller declared, every matrix load against bank conflicts, every piece
-// that wgmma reads for the fence that its copy needs.
+// so a missing barrier shows: warp 0 is always far ahead. A kernel must be right both ways: with asynchronous copies that
+// land only when they are waited for and products of a warpgroup that run at once, where a missing wait for a copy shows,
+// and with copies that land at once and products that run only when they are waited for, where a stage or register that
+// is overwritten too early shows. Shared memory starts as NaN. Every copy is checked against the buffers that the caller
+// declared, every matrix load against bank conflicts, every piece that wgmma reads for the fence that its copy needs.
 #pragma once
 #include <ucontext.h>
 
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -61,7 +63,7 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 namespace gpu {
 
 inline std::string error;
-inline bool lazy;  // copies land when they are waited for
+inline bool lazy;  // copies land when they are waited for, products run at once; else the reverse
 inline int shared_bytes;
 inline std::vector<std::pair<const char*, const char*>> readable;
 
@@ -75,6 +77,10 @@ struct Copy {
     unsigned shared;
     const void* global;
     bool valid;
+};
+struct Bulk {
+    unsigned shared;
+    std::vector<char> bytes;
 };
 struct Meeting {
     int arrived = 0, generation = 0;
@@ -99,7 +105,16 @@ struct Warpgroup {
     std::deque<std::vector<std::function<void()>>> groups;  // committed ones
 };
 
+// PTX ISA, "mbarrier": of the kind that create_barrier makes.
+struct Barrier {
+    Meeting phase;      // its generation counts the phases that ended
+    bool announced = false;
+    long long missing = 0;     // bytes announced and not arrived; below 0 where they arrive before they are announced
+    std::vector<Bulk> copies;  // that have not landed
+};
+
 inline std::vector<Meeting> warps;
+inline std::map<unsigned, Barrier> barriers;
 inline std::vector<Warpgroup> warpgroups;
 inline Meeting block;
 inline int current;
@@ -166,6 +181,7 @@ inline void run_block(int count) {
     warpgroups = std::vector<Warpgroup>(count / 128);
     std::fill(fenced, fenced + sizeof fenced, true);
     block = {};
+    barriers.clear();
     for (Thread& t : threads) {
         t.stack.reset(new char[1 << 17]);
         getcontext(&t.context);
@@ -324,10 +340,99 @@ inline unsigned narrow(float first, float second) {
     return gpu::float_to_half(first) | (unsigned)gpu::float_to_half(second) << 16;
 }
 
-inline void show_to_tensor_cores() {
+inline void show_to_engines() {
     auto& t = gpu::threads[gpu::current];
     for (unsigned shared : t.unfenced) gpu::fenced[shared / 16] = true;
     t.unfenced.clear();
+}
+
+namespace gpu {
+
+inline Barrier& barrier_at(unsigned shared) {
+    at(shared, 8);
+    if (!barriers.count(shared)) fail("no barrier was created at " + std::to_string(shared));
+    return barriers[shared];
+}
+
+inline void end_phase(Barrier& barrier) {
+    if (!barrier.announced || barrier.missing) return;
+    barrier.announced = false;
+    ++barrier.phase.generation;
+}
+
+inline void land(Barrier& barrier, const Bulk& copy) {
+    // The engine's writes are of the tensor cores' own proxy: they need no fence.
+    for (size_t i = 0; i < copy.bytes.size(); i += 16) {
+        fenced[(copy.shared + i) / 16] = true;
+        memcpy(at(copy.shared + i, 16), copy.bytes.data() + i, 16);
+    }
+    barrier.missing -= copy.bytes.size();
+    end_phase(barrier);
+}
+
+inline void start(unsigned shared, std::vector<char> bytes, unsigned address) {
+    Barrier& barrier = barrier_at(address);
+    if (lazy)
+        barrier.copies.push_back({shared, std::move(bytes)});
+    else
+        land(barrier, {shared, std::move(bytes)});
+}
+
+}  // namespace gpu
+
+inline void create_barrier(unsigned barrier) {
+    gpu::at(barrier, 8);
+    gpu::barriers[barrier] = {};
+}
+inline void announce_bytes(unsigned address, unsigned bytes) {
+    gpu::Barrier& barrier = gpu::barrier_at(address);
+    if (barrier.announced) gpu::fail("mbarrier: a phase was announced twice");
+    barrier.announced = true;
+    barrier.missing += bytes;
+    gpu::end_phase(barrier);
+}
+inline void wait_bytes(unsigned address, unsigned parity) {
+    gpu::Barrier& barrier = gpu::barrier_at(address);
+    while (gpu::error.empty() && barrier.phase.generation % 2 == (int)parity) {
+        const auto copies = std::move(barrier.copies);
+        barrier.copies.clear();
+        for (const gpu::Bulk& copy : copies) gpu::land(barrier, copy);
+        if (barrier.phase.generation % 2 != (int)parity) break;
+        gpu::Thread& me = gpu::threads[gpu::current];
+        me.waits_for = &barrier.phase, me.since = barrier.phase.generation;
+        gpu::park();
+        me.waits_for = nullptr;
+    }
+}
+
+inline void copy_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
+    bool inside = false;
+    for (auto [first, last] : gpu::readable) inside |= global >= first && (const char*)global + bytes <= last;
+    if (!inside) return gpu::fail("bulk copy from outside of its buffer");
+    if ((uintptr_t)global % 16 || shared % 16 || bytes % 16) return gpu::fail("bulk copy is not aligned to 16 bytes");
+    gpu::start(shared, {(const char*)global, (const char*)global + bytes}, barrier);
+}
+
+// What tests/kernels/emulator/emulator.py puts into the 128 bytes.
+struct TensorMap {
+    const char* base;
+    long long columns, rows, box_columns, box_rows;
+    char unused[88];
+};
+
+// PTX ISA, "tensor tiled mode", "out-of-boundary access" and "swizzling modes": 128 bytes, as for a matrix descriptor.
+inline void copy_box(unsigned shared, const TensorMap& map, int column, int row, unsigned barrier) {
+    if (shared % 1024) gpu::fail("copy engine: the swizzle starts at a multiple of 1024");
+    if (map.box_columns * 2 != 128) gpu::fail("copy engine: a row of the box is not as wide as the swizzle");
+    std::vector<char> bytes(map.box_rows * 128, 0);
+    for (int r = 0; r < map.box_rows; ++r)
+        for (int c = 0; c < map.box_columns; ++c)
+            if (row + r < map.rows && column + c < map.columns)
+                memcpy(
+                    &bytes[r * 128 + ((c / 8 ^ r % 8) * 16) + c % 8 * 2],
+                    map.base + ((row + r) * map.columns + column + c) * 2, 2
+                );
+    gpu::start(shared, std::move(bytes), barrier);
 }
 
 namespace gpu {
@@ -415,8 +520,8 @@ void multiply_sparse_group(float (&c)[16][1][4], const unsigned (&a)[4], unsigne
                 }
         };
         if (gpu::lazy)
-            group.open.push_back(product);
-        else
             product();
+        else
+            group.open.push_back(product);
     });
 }
