@@ -164,10 +164,10 @@ def test_a_nan_goes_where_dense_takes_it_and_no_further(emulated):
 
 def test_convolution_with_every_tile(emulated):
     shape, conv = (40, 40, 3, 3), {"padding": (1, 1)}  # six steps: more than stages
-    weight, x = torch.randn(shape).half(), torch.randn(1, 40, 12, 11).half()
+    weight, x = torch.randn(shape).bfloat16(), torch.randn(1, 40, 12, 11).bfloat16()
     for tile, lazy in ((MEDIUM, True), (LARGE, False), (WIDE, False), (NARROW, True)):
         emulated(tile, 227 * 1024, lazy)
-        s = spec(shape, dtype=torch.float16, **conv)
+        s = spec(shape, **conv)
         close(KERNEL.conv2d(x, *KERNEL.pack(weight, s), s, Epilogue()), F.conv2d(x.double(), masked(weight), padding=1))
 
 
