@@ -14,6 +14,7 @@ from gpu_runner import Clock, Record, Skipped
 from gpu_shapes import BATCHES, CONVS, GRID, GRID_BATCH, GRID_HEADS, GRID_WIDTH, LINEARS, Conv, Linear
 from torch import Tensor
 
+from sparsedm_compile.cuda_graph import capture
 from sparsedm_compile.kernels import get_kernel
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
 from sparsedm_compile.masked_weight import mask_out
@@ -26,27 +27,12 @@ _CALLS = 10  # a graph, so that what a replay costs on the host does not count
 _SECONDS = 0.15
 
 
-def graphed(run: Callable[[], Tensor]) -> Callable[[], object]:
-    """A CUDA graph of several calls of ``run``; compiled, tuned and warmed up before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_CALLS):
-            run()
-    return graph.replay
-
-
 def race(candidates: dict[str, Callable[[], Tensor]], seconds: float = _SECONDS) -> dict[str, Record]:
     """Microseconds a call of each candidate and its gain over ``"dense"``, or why it did not run."""
     ready, results = {}, {}
     for name, run in candidates.items():
         try:
-            ready[name] = graphed(run)
+            ready[name] = capture(run, _CALLS)
         except Exception as error:
             results[name] = {"why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     times = paired_times(ready, seconds=seconds, synchronize=torch.cuda.synchronize)

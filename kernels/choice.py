@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from sparsedm_compile.cuda_graph import capture
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
 from sparsedm_compile.kernels.verdicts import Verdict, VerdictStore
@@ -27,6 +29,9 @@ _MARGIN = 1.02
 # last a whole scheduler tick (8 ms) whatever the kernel, and medians compare nothing: minima are compared instead, and
 # the verdict is not remembered beyond the process.
 _BUSY = 1.5
+# On a GPU a round is so many calls in a row, as a model makes them: host and GPU work side by side, and the slower one
+# counts. Timed call by call, what a launch costs the host (more through CuPy than in torch) would decide small layers.
+_CALLS = 10
 _NATIVE = "dense"
 _REFERENCE = "reference"  # never a candidate: it unpacks at every call
 
@@ -34,7 +39,9 @@ _store = VerdictStore()
 _lock = threading.RLock()
 
 
-def choose(spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unusual: str = "") -> Verdict:
+def choose(
+    spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unusual: str = "", graphs: bool = False
+) -> Verdict:
     """The kernel for this layer at this input.
 
     Args:
@@ -43,6 +50,7 @@ def choose(spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unu
         has_bias: whether the layer adds a bias.
         forced: ``"auto"``, ``"dense"`` or the name of a kernel.
         unusual: a reason that rules every kernel out.
+        graphs: whether the layer will be replayed from a CUDA graph, where launches cost the host nothing.
 
     Returns:
         A verdict; ``"dense"`` wherever no kernel can run, whatever was forced. Never raises for a layer's sake.
@@ -73,12 +81,13 @@ def choose(spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unu
     nhwc = suggest_memory_format(x) == torch.channels_last
     threads = torch.get_num_threads()
     versions = {name: get_kernel(name).version for name in able}
-    key = repr((spec, shape, nhwc, has_bias, threads, versions))
+    graphs = graphs and spec.device == "cuda"
+    key = repr((spec, shape, nhwc, has_bias, threads, versions, *(["graphs"] if graphs else [])))
     # One measurement at a time: two at once would time each other.
     with _lock:
         verdict = _store.get(key)
         if verdict is None:
-            verdict = _measure(spec, shape, nhwc, has_bias, able)
+            verdict = _measure(spec, shape, nhwc, has_bias, able, graphs)
             _store.put(key, verdict)
     if not sparse and not spec.pattern.is_dense:
         return Verdict(verdict.kernel, _explain_refusals(refusals), None, verdict.dense_seconds, None)
@@ -89,7 +98,9 @@ def _explain_refusals(refusals: dict[str, str | None]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in refusals.items() if why and get_kernel(name).skips_zeros)
 
 
-def _measure(spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool, able: list[str]) -> Verdict:
+def _measure(
+    spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool, able: list[str], graphs: bool
+) -> Verdict:
     generator = torch.Generator(spec.device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -107,14 +118,21 @@ def _measure(spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool
             values, index = kernel.pack(weight, spec)
             run = kernel.linear if spec.op == "linear" else kernel.conv2d
             candidates[name] = lambda run=run, v=values, i=index: run(x, v, i, spec, Epilogue(bias))
-        synchronize = torch.cuda.synchronize if spec.device == "cuda" else None
-        times = paired_times(candidates, seconds=_BUDGET, synchronize=synchronize)
+        if spec.device == "cuda":
+            rows = _in_rows(candidates, graphs)
+            if _NATIVE not in rows:
+                return Verdict(_NATIVE, "not even dense can be measured here", settled=False)
+            able = [name for name in able if name in rows]
+            times = paired_times(rows, seconds=_BUDGET, synchronize=torch.cuda.synchronize)
+            times = {name: [seconds / _CALLS for seconds in rounds] for name, rounds in times.items()}
+        else:
+            times = paired_times(candidates, seconds=_BUDGET)
     busy = any(median(rounds) > _BUSY * min(rounds) for rounds in times.values())
     if busy:
         times = {name: [min(rounds)] for name, rounds in times.items()}
-    seconds = {name: median(times[name]) for name in candidates}
+    seconds = {name: median(times[name]) for name in times}
     sparse = [name for name in able if get_kernel(name).skips_zeros]
-    best_dense = min((name for name in candidates if name not in sparse), key=seconds.__getitem__)
+    best_dense = min((name for name in times if name not in sparse), key=seconds.__getitem__)
 
     if best_dense != _NATIVE and median_ratio(times[_NATIVE], times[best_dense])[0] < _MARGIN:
         best_dense = _NATIVE
@@ -128,6 +146,23 @@ def _measure(spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool
     return Verdict(winner, reason, seconds[best], seconds[best_dense], gain, not busy)
 
 
+def _in_rows(candidates: dict[str, Callable[[], Tensor]], graphs: bool) -> dict[str, Callable[[], object]]:
+    """``_CALLS`` calls of each as one; without those that fail, which then take no part."""
+    rows: dict[str, Callable[[], object]] = {}
+    for name, run in candidates.items():
+        try:
+            run()
+            rows[name] = capture(run, _CALLS) if graphs else partial(_row, run)
+        except RuntimeError as error:
+            _log.warning("kernel %r fails here and is not used: %s", name, error)
+    return rows
+
+
+def _row(run: Callable[[], Tensor]) -> None:
+    for _ in range(_CALLS):
+        run()
+
+
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
     if spec.op == "linear":
         return F.linear(x, weight, bias)
@@ -139,9 +174,9 @@ def _measured_shape(x: Tensor) -> tuple[int, ...] | None:
     if not all(isinstance(size, int) or size.node.has_hint() for size in x.shape):
         return None
     first, *rest = (size if isinstance(size, int) else int(size.node.hint) for size in x.shape)
-    return (_bucket(first), *rest) if rest else (first,)  # (in,) alone has no batch to round up
+    return (batch_bucket(first), *rest) if rest else (first,)  # (in,) alone has no batch to round up
 
 
-def _bucket(size: int) -> int:
+def batch_bucket(size: int) -> int:
     """Batch sizes are measured at powers of two, so that few are ever measured."""
     return 1 << (size - 1).bit_length() if size > 1 else 1

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from sparsedm_compile.kernels import get_kernel
 from sparsedm_compile.kernels.choice import choose
@@ -20,13 +21,12 @@ def swap_kernels(lowering: Lowering) -> None:
     dense operator, with the masked weight as an input: no mask is recomputed at inference. Layers without a mask take
     part as well: where a prepacked dense kernel is faster, they get it.
     """
+    graphs = lowering.options.inductor.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
     for layer in lowering.layers:
         if layer.verdict is not None:
             continue  # packed before it was compiled
-        value = layer_input(layer.node)
-        layer.verdict = choose(
-            layer.spec, value, layer_bias(layer.node) is not None, lowering.options.kernel, layer.unusual
-        )
+        value, has_bias = layer_input(layer.node), layer_bias(layer.node) is not None
+        layer.verdict = choose(layer.spec, value, has_bias, lowering.options.kernel, layer.unusual, graphs)
         if layer.verdict.kernel != "dense":
             _use_packed(lowering, layer)
         elif layer.mask is not None and layer.unusual != WRITTEN:

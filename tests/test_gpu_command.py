@@ -259,7 +259,7 @@ def test_candidates_name_every_kernel_or_why_not(monkeypatch):
 def test_a_race_reports_gains_and_failures(monkeypatch):
     import gpu_timing
 
-    monkeypatch.setattr(gpu_timing, "graphed", lambda run: (run(), run)[1])
+    monkeypatch.setattr(gpu_timing, "capture", lambda run, calls: (run(), run)[1])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     def fail():

@@ -1,12 +1,14 @@
 """The measured choice: never slower than dense, never silent, never an error for a layer's sake."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsedm_compile.kernels import LayerSpec, choice, get_kernel, kernel_names
 from sparsedm_compile.kernels.choice import choose
+from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
 from sparsedm_compile.kernels.verdicts import VerdictStore
 from sparsedm_compile.pattern import DENSE, Pattern
 
@@ -167,3 +169,76 @@ def test_a_real_measurement(fresh_store):
     if get_kernel("cpu").refusal(SPEC) is None:
         assert verdict.sparse_seconds > 0
         assert verdict.ratio > 0
+
+
+@pytest.fixture
+def on_cuda(monkeypatch, fresh_store):
+    """A GPU that runs "cuda" and "triton" on the CPU; returns the rounds that were timed and the graphs captured."""
+    timed, captured = [], []
+
+    def paired_times(candidates, *, synchronize=None, **_):
+        timed.append((sorted(candidates), synchronize))
+        for run in candidates.values():
+            run()
+        return {name: [{"dense": 20.0}.get(name, 10.0)] * 3 for name in candidates}
+
+    def capture(run, calls):
+        captured.append(calls)
+        return lambda: None
+
+    class OnCpu(ReferenceKernel):
+        devices = ("cuda",)
+
+        def refusal(self, spec):
+            return None
+
+    kernels = {"cuda": OnCpu(), "triton": OnCpu()}
+    monkeypatch.setattr(choice, "kernel_names", lambda: list(kernels))
+    monkeypatch.setattr(choice, "get_kernel", kernels.__getitem__)
+    monkeypatch.setattr(choice, "paired_times", paired_times)
+    monkeypatch.setattr(choice, "capture", capture)
+    monkeypatch.setattr(torch, "randn", lambda *size, generator, device: torch.zeros(size))
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    return timed, captured, kernels
+
+
+CUDA = replace(SPEC, device="cuda")
+
+
+def test_calls_on_a_gpu_are_timed_in_a_row_and_waited_for(on_cuda):
+    timed, captured, _ = on_cuda
+    verdict = choose(CUDA, X, True)
+    assert timed == [(["cuda", "dense", "triton"], torch.cuda.synchronize)]
+    assert captured == []
+    assert (verdict.kernel, verdict.sparse_seconds, verdict.dense_seconds, verdict.ratio) == ("cuda", 1.0, 2.0, 2.0)
+
+
+def test_layers_of_a_cuda_graph_are_timed_in_one(on_cuda):
+    timed, captured, _ = on_cuda
+    choose(CUDA, X, True)
+    choose(CUDA, X, True, graphs=True)  # measured anew
+    choose(CUDA, X, True, graphs=True)
+    assert captured == [10, 10, 10]
+    assert len(timed) == 2
+
+
+def test_a_kernel_that_cannot_be_captured_is_not_used(on_cuda, monkeypatch, caplog):
+    timed, _, kernels = on_cuda
+
+    def linear(*args):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(kernels["cuda"], "linear", linear)
+    assert choose(CUDA, X, True, graphs=True).kernel == "triton"
+    assert timed == [(["dense", "triton"], torch.cuda.synchronize)]
+    assert "kernel 'cuda' fails here and is not used: operation not permitted" in caplog.text
+
+
+def test_nothing_is_remembered_where_nothing_can_be_measured(on_cuda, monkeypatch):
+    def capture(run, calls):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(choice, "capture", capture)
+    verdict = choose(CUDA, X, True, graphs=True)
+    assert (verdict.kernel, verdict.settled) == ("dense", False)
+    assert "not even dense" in verdict.reason

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
-from sparsedm_compile.kernels import LayerSpec, choice, get_kernel
+from sparsedm_compile.kernels import LayerSpec, get_kernel
 from sparsedm_compile.kernels.choice import choose
 from sparsedm_compile.kernels.triton import packed_kernel, runtime, vector_kernel
 from sparsedm_compile.kernels.triton.tiles import packed_tiles, vector_tiles
@@ -205,21 +205,6 @@ def test_cpu_users_do_not_read_about_triton():
 def test_devices_without_any_kernel_are_named():
     spec = LayerSpec("linear", (64, 64), Pattern(2, 4), torch.float32, "mps")
     assert choose(spec, torch.empty(8, 64, device="meta"), False).reason == "no kernel runs on mps"
-
-
-def test_timing_on_cuda_waits_for_the_device(monkeypatch):
-    waits = []
-
-    def paired_times(candidates, *, synchronize, **_):
-        waits.append(synchronize)
-        return {name: [1.0] for name in candidates}
-
-    monkeypatch.setattr(choice, "paired_times", paired_times)
-    monkeypatch.setattr(torch, "randn", lambda *size, generator, device: torch.zeros(size))
-    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
-    for device in ("cuda", "cpu"):
-        choice._measure(LayerSpec("linear", (8, 8), Pattern(2, 4), torch.float32, device), (2, 8), False, False, [])
-    assert waits == [torch.cuda.synchronize, None]
 
 
 @pytest.mark.parametrize("module", [vector_kernel, packed_kernel])
