@@ -1,6 +1,16 @@
 """N:M sparsity for pretrained diffusion models: torch.compile passes and sparse kernels that beat dense."""
 
 from sparsedm_compile.backend import sparsedm
+from sparsedm_compile.budget import (
+    BudgetPlan,
+    LatencyTable,
+    ParetoCurve,
+    Sensitivity,
+    measure_latency,
+    measure_sensitivity,
+    pareto,
+    plan_for,
+)
 from sparsedm_compile.calibration import CalibrationBatch, calibration_set
 from sparsedm_compile.derived import refresh
 from sparsedm_compile.ema import EMA
@@ -29,20 +39,24 @@ __all__ = [
     "HALVED_GROUPS",
     "SRSTE",
     "VPSDE",
+    "BudgetPlan",
     "CalibrationBatch",
     "DrawnPatterns",
     "Explanation",
     "FixedMask",
+    "LatencyTable",
     "LayerInfo",
     "MacsReport",
     "NoiseProcess",
     "PackReport",
+    "ParetoCurve",
     "Pattern",
     "PatternSchedule",
     "Plan",
     "PlanLayer",
     "RunMacs",
     "SchedulerProcess",
+    "Sensitivity",
     "SparseConv2d",
     "SparseLinear",
     "StagedPatterns",
@@ -57,7 +71,11 @@ __all__ = [
     "magnitude_mask",
     "make_plan",
     "masked_weight",
+    "measure_latency",
+    "measure_sensitivity",
     "pack",
+    "pareto",
+    "plan_for",
     "refresh",
     "sample",
     "sampling_times",

@@ -8,6 +8,7 @@ import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
 from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.layers import layer_pattern
 from sparsedm_compile.masked_weight import mask_out
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.planning import named_modules
@@ -18,8 +19,8 @@ _KEYS = ("weight_values", "weight_index", "weight_pattern")
 
 
 def spec_of(layer: nn.Module, weight: Tensor) -> LayerSpec:
-    """The constants of a sparse or packed layer whose weight is in the dtype and on the device of ``weight``."""
-    pattern = Pattern.parse(layer.pattern)
+    """The constants of a layer, packed or not, whose weight is in the dtype and on the device of ``weight``."""
+    pattern = layer_pattern(layer)
     shape = tuple(layer.weight_shape if hasattr(layer, "weight_shape") else layer.weight.shape)
     if len(shape) == 2:
         return LayerSpec("linear", shape, pattern, weight.dtype, weight.device.type)
