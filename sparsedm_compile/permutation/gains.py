@@ -51,10 +51,10 @@ class Side:
         return (self.positions // self.weight.unit(self.dim)).cpu().numpy()
 
     def cost(self) -> int:
-        """Operations to weigh one swap."""
+        """What weighing one swap costs, in additions of ``cdist``; passes of minimum and maximum cost many each."""
         if self.dim == 1:
             return self.weight.magnitude[:, 0].numel() // self.weight.pattern.v
-        return self.weight.magnitude[0].numel() * 2 * self.weight.pattern.n
+        return self.weight.magnitude[0].numel() * 64 * self.weight.pattern.n
 
 
 def largest_sum(values: Tensor, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""``permute_channels``: reorder a model's channels in place, so that its masks keep more and its function is the same."""
+"""``permute_channels``: reorder a model's channels, so that its masks keep more and its function is the same."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -46,10 +46,11 @@ class Propagation:
                 meeting = [array for array in arrays if any(array.shape[dim] > 1 for dim in dims)]
                 # The last dimension is the one that channels share when a block of rows meets a table of rows.
                 partner = next((array for array in meeting if array.shape[dims[-1]] > 1), None)
+                if partner is not None and not set(varying(partner)) <= set(dims):
+                    partner = None
                 for array in meeting:
-                    if array is not partner or not set(varying(array)) <= set(dims):
+                    if array is not partner:
                         self.channels.pin(array, f"{self.operator} meets channels that lie across it")
-                        partner = None
                 arrays[:] = [array for array in arrays if not any(array is met for met in meeting)]
                 self._meet(main, partner, size, operand.why)
             joined.append(main)

@@ -16,11 +16,12 @@ from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.permutation.channels import Axis
 from sparsedm_compile.permutation.gains import Side, SparseWeight, swap_gains
 
-# Additions that one side may cost in one sweep, some tenths of a second on a core. It bounds how many rivals a channel
-# is weighed against at a time; axes of up to some hundred channels are weighed in full.
+# What one side may cost in one sweep, some tenths of a second on a core (unit: see ``Side.cost``). It bounds how many
+# rivals a channel is weighed against at a time. A sample does as well as all of them: 2:4v4 on 512 x 128 and back ends
+# within 1e-4 of the same share, in a third of the time.
 _WORK = 2**27
 _MIN_RIVALS = 8
-_SWEEPS = 50
+_SWEEPS = 100
 _ROUNDS = 3
 # A gain of a smaller share of what is kept is rounding.
 _NEGLIGIBLE = 1e-7
