@@ -180,7 +180,8 @@ def _models(records: list[dict]) -> list[str]:
     for r in records:
         if "gain" in r:
             ms = ", ".join(f"{name} {value:.2f} ms" for name, value in r["ms"].items())
-            lines.append(f"{r['model']} {r['pattern']} batch {r['batch']}: {r['gain']:.2f}x ({ms})")
+            wrong = "" if r["ok"] else f"; WRONG, relative error {r['relative error to masked dense']:.1e}"
+            lines.append(f"{r['model']} {r['pattern']} batch {r['batch']}: {r['gain']:.2f}x ({ms}){wrong}")
         else:
             lines.append(f"{r['model']} {r['pattern']}: skipped, {r['why']}")
     return lines
@@ -206,6 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"gpu: torch cannot be imported: {error}\n")
         return 2
     make_importable()
+    try:
+        import sparsedm_compile.kernels.ops  # noqa: F401
+    except ImportError as error:
+        sys.stderr.write(f"gpu: {error}; see the dependencies in pyproject.toml\n")
+        return 2
     if not torch.cuda.is_available():
         sys.stderr.write(f"gpu: torch {torch.__version__} sees no CUDA device; nothing was measured\n")
         return 2

@@ -55,9 +55,9 @@ CONVS = (
     Conv("SD 1.5 2560@16", 16, 2560, 1280),
     Conv("SD 1.5 320@64 down", 64, 320, 320, stride=2),
     Conv("SD 1.5 320@64 1x1", 64, 320, 320, window=1),
-    Conv("DDPM 112@32", 32, 112, 112),
-    Conv("DDPM 224@16", 16, 224, 224),
-    Conv("DDPM 448@4", 4, 448, 448),
+    Conv("DDPM CIFAR-10 128@32", 32, 128, 128),
+    Conv("DDPM CIFAR-10 256@16", 16, 256, 256),
+    Conv("DDPM CIFAR-10 256@8", 8, 256, 256),
 )
 #: SparseDM's own speed table: one block of this width, fp16, by MLP ratio and patch size of a 32 x 32 image.
 GRID_WIDTH, GRID_HEADS, GRID_BATCH = 8192, 64, 8

@@ -1,14 +1,17 @@
 """``make gpu`` without a GPU: arguments, budgets, records and reports, on stand-ins for device and kernels."""
 
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sparsedm_compile.kernels.cuda.tiles import TILES
 from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
 from sparsedm_compile.pattern import Pattern
@@ -288,6 +291,128 @@ def test_shapes_are_those_of_the_models():
     assert len(gpu_shapes.GRID) == 12
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The micro benchmarks at small sizes on the CPU, with one sparse kernel that takes all that is said to be CUDA."""
+    import gpu_shapes
+    import gpu_timing
+
+    class OnCpu(ReferenceKernel):
+        def refusal(self, spec):
+            return None
+
+    randn, kernels = torch.randn, {"reference": OnCpu(), "cuda": gpu_timing.get_kernel("cuda")}
+    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **kwargs: randn(*size, **kwargs))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_timing, "capture", lambda run, calls: (run(), run)[1])
+    monkeypatch.setattr(gpu_timing, "sparse_kernels", lambda device: list(kernels))
+    monkeypatch.setattr(gpu_timing, "get_kernel", kernels.__getitem__)
+    monkeypatch.setattr(
+        gpu_timing, "paired_times", lambda runs, **_: {n: [r() is None or 0.5] for n, r in runs.items()}
+    )
+    linears = (gpu_shapes.Linear("a", 9, 64, 128), gpu_shapes.Linear("b", 4, 128, 64))
+    convs = (gpu_shapes.Conv("c", 8, 64, 64), gpu_shapes.Conv("d", 8, 64, 128, stride=2))
+    for name, value in {"LINEARS": linears, "CONVS": convs, "GRID_WIDTH": 64, "GRID_HEADS": 4, "GRID_BATCH": 1}.items():
+        monkeypatch.setattr(gpu_timing, name, value)
+    return gpu_timing
+
+
+@pytest.mark.parametrize(("section", "records"), [("linears", 6), ("convs", 6), ("grid", 12)])
+def test_micro_benchmarks_from_end_to_end(on_cpu, section, records):
+    done = list(getattr(on_cpu, section)({"triton"}))
+    assert len(done) == records
+    for record in done:
+        assert {"dense"} < set(record["times"])
+        assert all("us" in result for result in record["times"].values()), record
+    if section == "grid":
+        assert {(r["patch"], r["mlp ratio"]) for r in done} == {(p, m) for p in (1, 2, 4) for m in (1, 2, 4, 8)}
+        assert set(done[0]["kernels"]) == {"qkv", "proj", "fc1", "fc2"}
+    else:
+        assert {r["batch"] for r in done} == {1, 16, 64}
+        assert "no CUDA device" in done[0]["not run"]["cuda"]
+
+
+def test_tiles_are_timed_each_by_itself(on_cpu, monkeypatch):
+    from sparsedm_compile.kernels.cuda import kernel as cuda
+    from sparsedm_compile.kernels.cuda.launch import Chip
+
+    launched = set()
+    monkeypatch.setattr(on_cpu, "LINEARS", on_cpu.LINEARS[:1] * 19)
+    monkeypatch.setattr(cuda, "chip", lambda device: Chip("sm_90a", 132, 227 << 10))
+    monkeypatch.setattr(cuda, "launch", lambda program, *_: launched.add(program))
+    monkeypatch.setattr(cuda, "_unavailable", lambda: None)
+    cuda._plan.cache_clear()
+    records = list(on_cpu.tiles(set()))
+    cuda._plan.cache_clear()
+    assert len(records) == 9
+    assert all(set(r["times"]) == {on_cpu._name(t) for t in TILES} and r["chosen"] in r["times"] for r in records)
+    assert len(launched) == len(TILES)
+
+
+@pytest.fixture
+def end_to_end(monkeypatch):
+    """The models section on the CPU, in fp32, with Inductor's dense and the backend's kernels both run eagerly."""
+    import gpu_timing
+
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
+    monkeypatch.setattr(torch.nn.Module, "bfloat16", lambda self: self)
+    monkeypatch.setattr(gpu_timing, "_on_gpu", lambda inputs: inputs)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda model, backend=None, mode=None: model)
+    monkeypatch.setattr(
+        gpu_timing, "paired_times", lambda runs, **_: {n: [r() is None or 0.5] * 3 for n, r in runs.items()}
+    )
+    seen = []
+
+    def explain(model, *inputs, **kwargs):
+        seen.append(gpu_timing.choice.kernel_names())
+        return SimpleNamespace(layers=[SimpleNamespace(kernel="dense")])
+
+    monkeypatch.setattr(importlib.import_module("sparsedm_compile.explain"), "explain", explain)
+    return gpu_timing, seen
+
+
+def test_models_are_timed_without_the_kernels_that_were_wrong(end_to_end, monkeypatch):
+    from gpu_runner import Clock
+
+    gpu_timing, seen = end_to_end
+    models = {"small": ("digits", None, 2), "absent": ("diffusers:NoSuchModel", None, 2)}
+    monkeypatch.setattr(gpu_timing, "MODELS", models)
+    monkeypatch.setattr(gpu_timing, "PATTERNS", ("2:4", "2:4v2"))
+    records = list(gpu_timing.models(Clock(1000), {"triton"}))
+    assert [(r["model"], r["pattern"]) for r in records] == [
+        ("small", "2:4"),
+        ("small", "2:4v2"),
+        ("absent", "2:4"),
+        ("absent", "2:4v2"),
+    ]
+    assert records[0]["ok"] is True
+    assert records[0]["gain"] == 1
+    assert "NoSuchModel" in records[2]["why"] or "diffusers" in records[2]["why"]
+    assert len(seen) == 2
+    assert all("triton" not in names and "cuda" in names for names in seen)
+    records = list(gpu_timing.models(Clock(20), set()))
+    assert [r["why"] for r in records] == ["20 s were left"] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # Of SD 1.5's UNet and google/ddpm-cifar10-32, as published; of DiT-XL/2 in diffusers, where each block embeds time
+    [("SD 1.5 UNet", 859_520_964), ("DDPM UNet", 35_746_307), ("DiT-XL/2", 749_826_464)],
+)
+def test_models_are_those_that_were_published(name, parameters):
+    pytest.importorskip("diffusers")
+    import gpu_timing
+
+    from sparsedm_compile.model_spec import load_model
+
+    source, config, batch = gpu_timing.MODELS[name]
+    loaded = load_model(source, config=config, batch=batch, device="meta")
+    assert sum(p.numel() for p in loaded.model.parameters()) == parameters
+
+
 def test_the_summary_shows_failures_gains_and_gaps(gpu):
     from gpu_runner import Outcome
 
@@ -304,8 +429,24 @@ def test_the_summary_shows_failures_gains_and_gaps(gpu):
             1,
             None,
             [
-                {"model": "m", "pattern": "2:4", "batch": 64, "gain": 1.3, "ms": {"dense": 1.0, "sparse": 0.7}},
+                {
+                    "model": "m",
+                    "pattern": "2:4",
+                    "batch": 64,
+                    "gain": 1.3,
+                    "ms": {"dense": 1.0, "sparse": 0.7},
+                    "ok": True,
+                },
                 {"model": "n", "pattern": "2:4", "why": "needs diffusers"},
+                {
+                    "model": "w",
+                    "pattern": "2:4",
+                    "batch": 1,
+                    "gain": 9.0,
+                    "ms": {},
+                    "ok": False,
+                    "relative error to masked dense": 0.3,
+                },
             ],
         ),
     ]
@@ -320,6 +461,7 @@ def test_the_summary_shows_failures_gains_and_gaps(gpu):
         "geometric mean 1.210 (SparseDM 1.068)",
         "m 2:4 batch 64: 1.30x",
         "n 2:4: skipped, needs diffusers",
+        "WRONG, relative error 3.0e-01",
     ):
         assert expected in text
     assert math.isnan(gpu.geometric_mean([]))
