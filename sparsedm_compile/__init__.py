@@ -12,6 +12,7 @@ from sparsedm_compile.budget import (
     plan_for,
 )
 from sparsedm_compile.calibration import CalibrationBatch, calibration_set
+from sparsedm_compile.checkpoint import load_sparse, save_sparse
 from sparsedm_compile.derived import refresh
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.explain import Explanation, explain
@@ -68,6 +69,7 @@ __all__ = [
     "explain",
     "finetune",
     "get_plan",
+    "load_sparse",
     "magnitude_mask",
     "make_plan",
     "masked_weight",
@@ -79,6 +81,7 @@ __all__ = [
     "refresh",
     "sample",
     "sampling_times",
+    "save_sparse",
     "set_pattern",
     "sparsedm",
     "sparsify",

@@ -1,5 +1,7 @@
 """The exponential moving average of a model's weights, which is what a diffusion model is sampled with."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,17 @@ class EMA:
         """
         for average, parameter in self._pairs(model):
             parameter.copy_(average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, by name, and the number of updates; not the decay."""
+        return {"updates": self.updates, "shadow": dict(self.shadow)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the average of a :meth:`state_dict`, of a model with the same parameters."""
+        self.updates = state["updates"]
+        for name, average in self.shadow.items():
+            average.copy_(state["shadow"][name])
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, nn.Parameter]]:
         parameters = dict(model.named_parameters())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,8 @@ def finetune(
     ema_warmup: bool = True,
     amp: str | None = None,
     compile: bool = False,
+    checkpoint_dir: Path | str | None = None,
+    checkpoint_every: int = 1000,
     seed: int = 0,
     progress: bool = True,
 ) -> TrainingRecord:
@@ -123,7 +126,7 @@ def finetune(
         patterns: None trains the plan that the model has. A sequence is drawn from at each step, see
             :class:`DrawnPatterns`; the plan comes back afterwards. :class:`StagedPatterns` is progressive; the model
             is left at its last pattern. Every layer that ``sparsify`` selected takes the pattern of the step.
-        fixed_mask: hold the first masks, see :class:`FixedMask`, in place of SR-STE.
+        fixed_mask: hold the first masks, see :class:`FixedMask`, in place of SR-STE; what they drop is lost at once.
         srste_decay: see :class:`SRSTE`; 0 is the plain straight-through estimator.
         learning_rate, weight_decay: of AdamW.
         ema_decay, ema_warmup: see :class:`EMA`.
@@ -131,6 +134,7 @@ def finetune(
             masks, loss and average stay in the dtype of the model.
         compile: train through ``torch.compile(model, backend="sparsedm")``; pays from some hundred steps on. Each
             pattern is a graph of its own.
+        checkpoint_dir, checkpoint_every: the run is saved and goes on after an interruption, see :func:`train`.
         seed: of times, noise and drawn patterns; the order of the data is the caller's.
 
     Returns:
@@ -138,8 +142,10 @@ def finetune(
 
     Raises:
         ValueError: the model is not sparse; the teacher is missing or shares weights with the model; a number out of
-            range; a pattern that no layer takes; options that exclude each other; no data.
+            range; a pattern that no layer takes; options that exclude each other; no data; a checkpoint that is
+            damaged, or of a run with another model, plan or other arguments.
         TypeError: not a module.
+        OSError: a checkpoint could not be saved; the one before is intact.
         FloatingPointError: the loss is not finite; the model keeps the averaged weights of the steps before.
 
     Source: SparseDM, arXiv 2404.10445; the defaults are those of its official code, but for the two warm-ups.
@@ -158,6 +164,22 @@ def finetune(
         raise ValueError(f"amp must be 'bfloat16', 'float16' or None, got {amp!r}")
     check_limits(steps, seconds, warmup_steps, max_grad_norm)
     process = process or VPSDE()
+    settings = {
+        "plan": {name: layer.pattern for name, layer in layers.items()},
+        "process": repr(process),
+        "denoising_weight": denoising_weight,
+        "distillation_weight": distillation_weight,
+        "patterns": repr(patterns),
+        "fixed_mask": fixed_mask,
+        "srste_decay": srste_decay,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "ema_decay": ema_decay,
+        "ema_warmup": ema_warmup,
+        "amp": amp,
+        "seed": seed,
+    }
     device = next(iter(layers.values())).weight.device
     generator = torch.Generator(device).manual_seed(seed)
     student = torch.compile(model, backend="sparsedm") if compile else model
@@ -221,6 +243,10 @@ def finetune(
             max_grad_norm=max_grad_norm,
             before_step=None if patterns is None else lambda step: set_pattern(model, patterns(step)),
             scaler=torch.amp.GradScaler(device.type) if amp == "float16" else None,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            stateful={"noise": generator, **({"fixed_mask": rule} if fixed_mask else {})},
+            settings=settings,
             progress=progress,
             description="fine-tune",
         )

@@ -97,6 +97,11 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} is not a checkpoint that can be read: {_one_line(error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds {type(state).__name__}, not a state dict (name -> tensor)")
+    load_state(model, state, path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """``model.load_state_dict``, with the errors of :func:`load_checkpoint` and before anything is loaded."""
     wanted = model.state_dict()
     for problem, keys in (("lacks", wanted.keys() - state.keys()), ("has unknown", state.keys() - wanted.keys())):
         if keys:

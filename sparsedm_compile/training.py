@@ -1,10 +1,10 @@
 """A training loop for diffusion models: warm-up, clipping, averaged weights, progress, a stop before bad weights."""
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from sparsedm_compile.data_position import RepeatedBatches
 from sparsedm_compile.ema import EMA
+from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
 
 
 @dataclass
@@ -21,14 +23,22 @@ class TrainingRecord:
     """What a run did.
 
     Attributes:
-        steps: optimizer steps done.
-        seconds: wall time.
+        steps: optimizer steps done, those before an interruption included.
+        seconds: wall time, alike.
         losses: one a step.
     """
 
     steps: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The attributes; the losses as a float64 tensor."""
+        return {"steps": self.steps, "seconds": self.seconds, "losses": torch.tensor(self.losses, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.steps, self.seconds, self.losses = state["steps"], state["seconds"], state["losses"].tolist()
 
 
 def train(
@@ -44,6 +54,10 @@ def train(
     max_grad_norm: float = 1.0,
     before_step: Callable[[int], None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    checkpoint_dir: Path | str | None = None,
+    checkpoint_every: int = 1000,
+    stateful: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
     description: str = "train",
 ) -> TrainingRecord:
@@ -64,23 +78,46 @@ def train(
         before_step: called with the number of each step, from 0, before its loss is asked for.
         scaler: of the loss, for float16. A step whose gradients overflow is left out and the scale lowered; that is an
             error only where the scale is 1 or less already.
+        checkpoint_dir: the whole state of the run is saved here, and a run that finds one goes on from it, on a CPU bit
+            for bit as if it had never stopped. It needs the same arguments but for ``steps`` and ``seconds``, which
+            count from the first start, the same model with any weights, and batches as :class:`RepeatedBatches` says;
+            randomness of other sources than torch's default generators belongs into ``stateful``.
+        checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
+        stateful: what else changes during the run and is saved with it: objects with ``state_dict`` and
+            ``load_state_dict``, or torch Generators that ``loss`` draws from.
+        settings: JSON values that a run must share with the one that it goes on with.
         progress: show a progress bar.
         description: what the bar is called.
 
     Raises:
-        ValueError: a limit that is missing or not positive; ``batches`` is empty or ran out.
-        FloatingPointError: the loss or its gradient is not finite; the message names the step.
+        ValueError: a limit that is missing or not positive; ``batches`` is empty or ran out; a checkpoint that is
+            damaged, or of another run.
+        OSError: a checkpoint could not be saved; the one before is intact.
+        FloatingPointError: the loss or its gradient is not finite; the message names the step. The last checkpoint
+            stays.
     """
     check_limits(steps, seconds, warmup_steps, max_grad_norm)
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    record = TrainingRecord()
+    record, data = TrainingRecord(), RepeatedBatches(batches)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0)
+    checkpoints = None
+    if checkpoint_dir is not None:
+        parts = {"data": data, "optimizer": optimizer, "lr_schedule": schedule, "scaler": scaler, "model": model}
+        parts |= {"ema": ema, "record": record, **(stateful or {})}
+        parts["random"] = RandomState(next(model.parameters()).device)  # last: the data draws while it is restored
+        settings = {"optimizer": type(optimizer).__name__, "warmup_steps": warmup_steps, **(settings or {})}
+        checkpoints = TrainingCheckpoints(checkpoint_dir, parts, settings)
+        checkpoints.restore()
     mode = model.training
     model.train()
-    start = time.perf_counter()
+    start = time.perf_counter() - record.seconds
     try:
         with _bar(steps, seconds, description, progress) as bar:
-            for batch in itertools.islice(_repeat(batches), steps):
+            _advance(bar, record, seconds)
+            while not _reached(record, steps, seconds):
+                batch = next(data)
                 optimizer.zero_grad(set_to_none=True)
                 if before_step is not None:
                     before_step(record.steps)
@@ -88,7 +125,7 @@ def train(
                 scaler.scale(value).backward()
                 scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-                loss_value, overflowed = _check_finite(record.steps, value, norm, scaler)
+                loss_value, overflowed = _check_finite(record.steps, value, norm, scaler, checkpoints)
                 scaler.step(optimizer)
                 scaler.update()
                 if not overflowed:
@@ -98,13 +135,18 @@ def train(
                 record.steps += 1
                 record.seconds = time.perf_counter() - start
                 _advance(bar, record, seconds)
-                if seconds is not None and record.seconds >= seconds:
-                    break
+                due = record.steps % checkpoint_every == 0 or _reached(record, steps, seconds)
+                if checkpoints is not None and due:
+                    checkpoints.save(record.steps)
     finally:
         optimizer.zero_grad(set_to_none=True)
         ema.copy_to(model)
         model.train(mode)
     return record
+
+
+def _reached(record: TrainingRecord, steps: int | None, seconds: float | None) -> bool:
+    return (steps is not None and record.steps >= steps) or (seconds is not None and record.seconds >= seconds)
 
 
 def check_limits(steps: int | None, seconds: float | None, warmup_steps: int, max_grad_norm: float) -> None:
@@ -121,25 +163,17 @@ def check_limits(steps: int | None, seconds: float | None, warmup_steps: int, ma
         raise ValueError(f"max_grad_norm must be positive (math.inf for no clipping), got {max_grad_norm}")
 
 
-def _repeat(batches: Iterable[Any]) -> Iterator[Any]:
-    given = 0
-    while True:
-        before = given
-        for batch in batches:
-            given += 1
-            yield batch
-        if given == before:
-            raise ValueError(
-                f"batches ended after {given} and cannot be gone through again: pass a list, a DataLoader, or a "
-                "generator that never ends"
-                if given
-                else "batches is empty: nothing to train on"
-            )
-
-
-def _check_finite(done: int, loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler) -> tuple[float, bool]:
+def _check_finite(
+    done: int,
+    loss: Tensor,
+    norm: Tensor,
+    scaler: torch.amp.GradScaler,
+    checkpoints: TrainingCheckpoints | None,
+) -> tuple[float, bool]:
     """The loss, and whether its gradients overflowed at a loss scale that can still be lowered."""
     kept = f"at step {done + 1}; the model keeps the averaged weights of the {done} steps before"
+    if checkpoints is not None and checkpoints.step is not None:
+        kept += f", and {checkpoints.directory} the state after step {checkpoints.step}"
     value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()  # one synchronisation for both
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} {kept}")
@@ -157,11 +191,13 @@ def _bar(steps: int | None, seconds: float | None, description: str, progress: b
 
 
 def _advance(bar: tqdm, record: TrainingRecord, seconds: float | None) -> None:
+    if not record.steps:
+        return
     recent = record.losses[-20:]
     postfix = f"loss {sum(recent) / len(recent):.4f}"
     if seconds is None:
         bar.set_postfix_str(postfix, refresh=False)
-        bar.update(1)
+        bar.update(record.steps - bar.n)
     else:
         bar.set_postfix_str(f"{postfix}, {record.steps / record.seconds:.1f} steps/s", refresh=False)
         bar.update(min(record.seconds, seconds) - bar.n)
