@@ -17,6 +17,15 @@ from sparsedm_compile.sparsify import set_pattern, sparsify
 from sparsedm_compile.training import train
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are too small to share: with two threads on a busy machine a step takes ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Denoiser(nn.Module):
     """Has a buffer, dropout and a frozen weight, each of which a checkpoint could forget."""
 
