@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sparsedm_compile.bench_report.waterfall import attention_ms, layer_ms, ran_ms
 from sparsedm_compile.explain import explain
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.macs import count_macs
@@ -46,6 +47,9 @@ class PatternBench:
             the choice; None if that was remembered without times or no sparse kernel ran.
         graphs: compiled graphs of one call.
         compile_seconds: of the first call, kernel choice included.
+        layer_ms: ``"linear"`` and ``"conv"`` -> milliseconds of those layers, as measured when their kernels were
+            chosen (see :func:`explain`): of the kernels that ran.
+        dense_layer_ms: the same of the fastest dense kernels.
     """
 
     pattern: str
@@ -58,6 +62,8 @@ class PatternBench:
     least_gain: float | None
     graphs: int
     compile_seconds: float
+    layer_ms: dict[str, float]
+    dense_layer_ms: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class BenchReport(RichText):
         rounds: each ran every candidate once.
         dense_macs: of linear and convolution layers.
         attention_macs: which no pattern changes.
+        attention_ms: of the attentions of one call, timed alone.
         patterns: one row each.
         provenance: see :func:`sparsedm_compile.provenance.provenance`.
     """
@@ -89,6 +96,7 @@ class BenchReport(RichText):
     rounds: int
     dense_macs: int
     attention_macs: int
+    attention_ms: float
     patterns: tuple[PatternBench, ...]
     provenance: dict[str, Any]
 
@@ -202,9 +210,12 @@ def bench_model(
                 "least_gain": min(gains, default=None),
                 "graphs": told.graphs,
                 "compile_seconds": elapsed,
+                "layer_ms": layer_ms(told.layers, ran_ms),
+                "dense_layer_ms": layer_ms(told.layers, lambda layer: layer.dense_ms),
             }
         progress("time in turn")
         times = paired_times(candidates, seconds=seconds, min_rounds=5, synchronize=synchronize)
+        attention = attention_ms(model, inputs, kwargs, seconds=seconds / 10)
 
     baseline = min(baselines, key=lambda dense: median(times[dense]))
     measured = []
@@ -223,6 +234,7 @@ def bench_model(
         rounds=len(times[baseline]),
         dense_macs=first.dense,
         attention_macs=first.attention,
+        attention_ms=attention,
         patterns=tuple(measured),
         provenance=provenance(),
     )

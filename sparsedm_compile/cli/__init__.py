@@ -14,5 +14,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, macs, explain, sample, bench):
+for command in (demo, macs, explain, sample):
     app.command()(command)
+app.add_typer(bench, name="bench")
