@@ -6,6 +6,7 @@ from sparsedm_compile.cli.bench import bench
 from sparsedm_compile.cli.demo import demo
 from sparsedm_compile.cli.explain import explain
 from sparsedm_compile.cli.macs import macs
+from sparsedm_compile.cli.recipe import finetune, quality, train
 from sparsedm_compile.cli.sample import sample
 
 app = typer.Typer(
@@ -14,6 +15,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, macs, explain, sample):
+for command in (demo, macs, explain, sample, train, finetune, quality):
     app.command()(command)
 app.add_typer(bench, name="bench")

@@ -140,34 +140,26 @@ def test_what_exists_is_kept(made):
     assert [path.stat().st_mtime_ns for path in paths] == before
 
 
-def test_quality_judges_every_row_and_writes_the_report(made):
-    result = made.succeed("quality", "--json")
+def test_quality_judges_rows_and_writes_the_report(made):
+    rows = ("--row", "half", "--row", "flexible")
+    result = made.succeed("quality", "--json", *rows)
     report = json.loads(result.stdout)
     names = [row["name"] for row in report["rows"]]
-    assert names == [
-        "dense",
-        "one-shot 2:4",
-        "ASP 2:4",
-        "SparseGPT 2:4v2",
-        "half",
-        "flexible, at dense",
-        "flexible, at 1:4",
-    ]
+    assert names == ["dense", "half", "flexible, at dense", "flexible, at 1:4"]
     assert report["metric"] == "FD-CNN"
     for row in report["rows"]:
         assert len(row["frechet"]) == 2
         assert row["validation_loss"] > 0
         assert row["samples"] == 40
-    macs = {row["name"]: row["macs"] for row in report["rows"]}
-    assert (
-        macs["dense"] == macs["flexible, at dense"] > macs["one-shot 2:4"] == macs["ASP 2:4"] > macs["flexible, at 1:4"]
-    )
+    dense, half, at_dense, at_quarter = (row["macs"] for row in report["rows"])
+    assert dense == at_dense > half > 0
+    assert at_quarter < half
     assert json.loads((made.folder / "report.json").read_text()) == report
     html = (made.folder / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 2
     assert all(name in html for name in names)
     # Judged already, so only collected: the scores do not change.
-    again = made.succeed("quality", "--json")
+    again = made.succeed("quality", "--json", *rows)
     assert json.loads(again.stdout)["rows"] == report["rows"]
 
 

@@ -1,0 +1,90 @@
+"""``sparsedm train``, ``finetune`` and ``quality``: a recipe from data to report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsedm_compile.cli.common import JsonOption, ThreadsOption, result_only, set_up, show, user_errors
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe, or a path to a .toml file.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the recipe's data files.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of checkpoints, logs and scores; resumed if there.")]
+RowsOption = Annotated[list[str] | None, typer.Option("--row", help="Only this row; repeatable.")]
+
+
+def train(
+    recipe: RecipeArgument,
+    out: OutOption,
+    data: DataOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train the dense model of a recipe, or go on where it was stopped."""
+    workspace, images = _open(recipe, out, data, threads)
+    workspace.dense(images, train=True)
+    typer.echo(f"{out / 'dense.safetensors'}")
+
+
+def finetune(
+    recipe: RecipeArgument,
+    out: OutOption,
+    data: DataOption = None,
+    row: RowsOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Make the sparse rows of a recipe from its dense model; rows that are there already are kept."""
+    workspace, images = _open(recipe, out, data, threads)
+    with user_errors():
+        rows = _rows(workspace, row)
+        workspace.dense(images, train=False)
+    for one in rows:
+        workspace.row(one, images, make=True)
+        typer.echo(f"{one.name}: {out / 'rows' / one.file}.safetensors")
+
+
+def quality(
+    recipe: RecipeArgument,
+    out: OutOption,
+    data: DataOption = None,
+    row: RowsOption = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Also time the rows; run it alone on the machine.")] = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge the rows that were made, and write report.json and report.html into the folder."""
+    from sparsedm_compile.quality.evaluate import collect, judge_rows, measure_speed
+    from sparsedm_compile.quality.report import render_html
+    from sparsedm_compile.recipes.workspace import write_json
+
+    workspace, images = _open(recipe, out, data, threads)
+    with result_only(as_json):
+        with user_errors():
+            rows = _rows(workspace, row)
+            workspace.dense(images, train=False)
+            made = tuple(one for one in rows if workspace.has(one))
+        judge_rows(workspace, images, made)
+        if speed:
+            measure_speed(workspace, images, made)
+        report, samples = collect(workspace, images)
+        write_json(out / "report.json", report.to_dict())
+        (out / "report.html").write_text(render_html(report, samples))
+    show(report, as_json)
+    missing = [one.name for one in rows if not workspace.has(one)]
+    if missing:
+        typer.echo(f"not made yet, hence not in the report: {', '.join(missing)}", err=True)
+
+
+def _open(recipe: str, out: Path, data: Path | None, threads: int | None):
+    from sparsedm_compile.recipes.config import load_recipe
+    from sparsedm_compile.recipes.data import load_images
+    from sparsedm_compile.recipes.workspace import Workspace
+
+    with user_errors():
+        loaded = load_recipe(recipe)
+        set_up(loaded.seed, threads)
+        images = load_images(loaded.data, data)
+        return Workspace(loaded, out), images
+
+
+def _rows(workspace, names: list[str] | None):
+    return tuple(workspace.recipe.row(name) for name in names) if names else workspace.recipe.rows
