@@ -39,14 +39,14 @@ def find_channels(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str
     tensors = named_tensors(model)
     names = first_names(tensors)
     memories = Counter(tensors[name].untyped_storage().data_ptr() for name in names.values())
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     channels, layouts, used = Channels(), {}, set()
     for spec in program.graph_signature.input_specs:
-        if not isinstance(values[spec.arg.name], Tensor):
-            layouts[spec.arg.name] = None
+        node = placeholders[spec.arg.name]
+        if not (node.users and isinstance(node.meta.get("val"), Tensor)):
+            layouts[node.name] = None
             continue
-        shape = tuple(values[spec.arg.name].shape)
-        fixed = ""
+        shape, fixed = tuple(node.meta["val"].shape), ""
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             tensor = tensors[spec.target]
             name = names[id(tensor)]
@@ -59,10 +59,10 @@ def find_channels(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str
                 fixed = f"{name} shares memory with another tensor"
         else:
             kind = "an input" if spec.kind is InputKind.USER_INPUT else "a constant"
-            fixed = f"{spec.arg.name} is {kind} of the model"
-        layouts[spec.arg.name] = Layout(shape, (), fixed) if fixed else _tensor_layout(channels, name, shape)
+            fixed = f"{node.name} is {kind} of the model"
+        layouts[node.name] = Layout(shape, (), fixed) if fixed else _tensor_layout(channels, name, shape)
     propagate(program.graph, layouts, Propagation(channels))
-    return channels, [name for name in names.values() if name not in used and name in dict(model.named_parameters())]
+    return channels, [name for name, _parameter in model.named_parameters() if name not in used]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ class Channels:
         families = [np.stack([members[name] for name in atom])[:, None] for atom in atoms.values() if len(atom) > 1]
         families += [
             np.stack([np.stack([members[name] for name in atom]) for atom in group])
-            for group in self._whole_blocks(atoms, classes)
+            for group in self._whole_blocks(atoms, roles, members)
         ]
         return Solution(tuple(families), self._coupled(classes, pinned, families))
 
@@ -183,25 +183,29 @@ class Channels:
         return classes
 
     def _atoms(self, roles: np.ndarray, classes: np.ndarray, members: dict, pinned: dict) -> dict[tuple, list[int]]:
-        """``(roles, blocks) -> classes`` that share both and so may be permuted at will."""
-        within = defaultdict(list)  # class -> the (block fact, row) that it lies in
+        """``(roles, places in blocks) -> classes`` that share both and so may be permuted at will."""
+        places = defaultdict(list)  # class -> (block fact, row, role) of each of its elements in a block
         for fact, rows in enumerate(self._blocks):
-            for row, elements in enumerate(classes[rows]):
-                for name in np.unique(elements).tolist():
-                    within[name].append((fact, row))
+            for row, elements in enumerate(rows):
+                for name, role in zip(classes[elements].tolist(), roles[elements].tolist(), strict=True):
+                    places[name].append((fact, row, role))
         atoms = defaultdict(list)
         for name, elements in members.items():
             if name not in pinned:
-                atoms[roles[elements].tobytes(), tuple(within[name])].append(name)
+                atoms[roles[elements].tobytes(), tuple(sorted(places[name]))].append(name)
         return atoms
 
-    def _whole_blocks(self, atoms: dict[tuple, list[int]], classes: np.ndarray) -> list[list[list[int]]]:
+    def _whole_blocks(self, atoms: dict[tuple, list[int]], roles: np.ndarray, members: dict) -> list[list[list[int]]]:
         """Atoms that are the whole of every block they lie in may trade places with their like."""
         groups = defaultdict(list)
-        for (signature, blocks), atom in atoms.items():
-            whole = all(set(classes[self._blocks[fact][row]].tolist()) == set(atom) for fact, row in blocks)
-            if blocks and whole:
-                groups[signature, tuple(fact for fact, _row in blocks), len(atom)].append(atom)
+        for (signature, places), atom in atoms.items():
+            elements = np.concatenate([members[name] for name in atom])
+            whole = all(
+                set(self._blocks[fact][row].tolist()) == set(elements[roles[elements] == role].tolist())
+                for fact, row, role in places
+            )
+            if places and whole:
+                groups[signature, tuple((fact, role) for fact, _row, role in places), len(atom)].append(atom)
         return [group for group in groups.values() if len(group) > 1]
 
     def _coupled(self, classes: np.ndarray, pinned: dict[int, str], families: list[np.ndarray]) -> tuple[Coupled, ...]:

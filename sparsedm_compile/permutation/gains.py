@@ -1,5 +1,6 @@
 """What a mask keeps, and what it would keep if two channels traded places: for all pairs of channels at once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,18 +81,21 @@ def swap_gains(side: Side, rivals: Tensor) -> Tensor:
         float32 ``(units, R)``; 0 where both lie in one group.
     """
     rivals = rivals.to(side.positions.device)
-    there, here, now = (_input_exchange if side.dim == 1 else _output_exchange)(side, rivals)
-    group = side.positions[:, 0] // side.weight.unit(side.dim)
+    units = torch.arange(len(side.positions), device=rivals.device)
+    joined, now = (_joined_inputs if side.dim == 1 else _joined_outputs)(side)
+    there = joined(units, rivals)
+    here = there.T if torch.equal(rivals, units) else joined(rivals, units).T
     gains = there + here - now.unsqueeze(1) - now[rivals]
+    group = side.positions[:, 0] // side.weight.unit(side.dim)
     return gains.masked_fill(group.unsqueeze(1) == group[rivals], 0)
 
 
-def _input_exchange(side: Side, rivals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the groups of both keep after the exchange, and the group of each unit now.
+def _joined_inputs(side: Side) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+    """What the group of one unit keeps with another in the unit's place.
 
     Returns:
-        ``(units, R)``: the unit's group with the rival in the unit's place; the rival's group with the unit in it;
-        ``(units,)``.
+        A function of indices of units ``(A,)`` and ``(B,)``, for all pairs ``(A, B)``; what the group of each unit
+        keeps now, ``(units,)``.
     """
     n, m = side.weight.pattern.n, side.weight.pattern.m
     score = group_scores(side.weight.magnitude, side.weight.pattern)  # (out / v, in / m, m, taps)
@@ -101,35 +105,32 @@ def _input_exchange(side: Side, rivals: Tensor) -> tuple[Tensor, Tensor, Tensor]
     best = score[:, others].topk(n, dim=2).values
     threshold = best[:, :, -1].T.contiguous()  # (units, rows): what a newcomer must exceed
     column = score[:, position].T.contiguous()
-    without = best.sum((0, 2))
+    without, columns, thresholds = best.sum((0, 2)), column.sum(1), threshold.sum(1)
 
-    # A newcomer adds max(0, column - threshold), summed over rows. As (|c - t| + c - t) / 2 that is an l1 distance,
-    # which cdist computes without a tensor of units x R x rows.
-    columns, thresholds = column.sum(1), threshold.sum(1)
-    there = (torch.cdist(threshold, column[rivals], p=1) + columns[rivals] - thresholds.unsqueeze(1)) / 2
-    here = (torch.cdist(column, threshold[rivals], p=1) + columns.unsqueeze(1) - thresholds[rivals]) / 2
-    now = without + (column - threshold).clamp_min(0).sum(1)
-    return there + without.unsqueeze(1), here + without[rivals], now
+    def joined(first: Tensor, second: Tensor) -> Tensor:
+        # A newcomer adds max(0, column - threshold), summed over rows. As (|c - t| + c - t) / 2 that is an l1 distance,
+        # which cdist computes without a tensor of A x B x rows.
+        distance = torch.cdist(threshold[first], column[second], p=1)
+        return (distance + columns[second] - thresholds[first].unsqueeze(1)) / 2 + without[first].unsqueeze(1)
+
+    return joined, without + (column - threshold).clamp_min(0).sum(1)
 
 
-def _output_exchange(side: Side, rivals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_input_exchange`, for rows: a group's score is the sum of its ``v`` rows."""
+def _joined_outputs(side: Side) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+    """As :func:`_joined_inputs`, for rows: the score of a group is the sum of its ``v`` rows."""
     n, m, v = side.weight.pattern.n, side.weight.pattern.m, side.weight.pattern.v
     position = side.positions[:, 0]
-    magnitude = side.weight.magnitude
-    row = magnitude[position]
-    others = magnitude.unflatten(0, (-1, v)).sum(1)[position // v] - row
+    row = side.weight.magnitude[position]
+    others = side.weight.magnitude.unflatten(0, (-1, v)).sum(1)[position // v] - row
 
     def by_place(rows: Tensor) -> Tensor:  # (units, in, taps) -> (m, units, in / m * taps)
         return rows.unflatten(1, (-1, m)).movedim(2, 0).flatten(2)
 
     row, others = by_place(row), by_place(others)
 
-    def together(first: Tensor, second: Tensor) -> Tensor:
-        """``(units, R)``: what each of ``first`` keeps with each of ``second``."""
-        chunk = max(1, _SCRATCH // second.numel())
-        parts = first.split(chunk, dim=1)
-        return torch.cat([largest_sum(part.unsqueeze(2) + second.unsqueeze(1), n).sum(-1) for part in parts])
+    def joined(first: Tensor, second: Tensor) -> Tensor:
+        newcomers = row[:, second].unsqueeze(1)
+        parts = others[:, first].unsqueeze(2).split(max(1, _SCRATCH // newcomers.numel()), dim=1)
+        return torch.cat([largest_sum(part + newcomers, n).sum(-1) for part in parts])
 
-    now = largest_sum(others + row, n).sum(-1)
-    return together(others, row[:, rivals]), together(row, others[:, rivals]), now
+    return joined, largest_sum(others + row, n).sum(-1)

@@ -247,16 +247,17 @@ PINNED = {
         TOKENS, "e.weight[0]", "chosen by an index",
     ),
     "grouped conv's inputs": (
-        Net(lambda n, x: n.b(n.a(x)), a=conv(3, 8), b=conv(8, 4, groups=2)), IMAGE, "a.weight[0]", "grouped convolution",
+        Net(lambda n, x: n.b(n.a(x)), a=conv(3, 8), b=conv(8, 4, groups=2)),
+        IMAGE, "a.weight[0]", "grouped convolution",
     ),
     "kernel": (Net(lambda n, x: n.a(x), a=conv(3, 4)), IMAGE, "a.weight[2]", "kernel positions"),
     "tokens of a position table": (
         Net(lambda n, x: n.b(n.a(x) + n.table), a=lin(4, 8), b=lin(8, 4), table=vector(1, 5, 8)),
         TOKENS, "table[1]", "cannot be permuted",
     ),
-    "channels across channels": (
-        Net(lambda n, x: n.b(n.a(x)) @ n.c(x).transpose(1, 2) @ n.d(x), a=lin(4, 8), b=lin(8, 4), c=lin(4, 4), d=lin(4, 4)),
-        TOKENS, "d.weight[0]", "leaves the model",
+    "einsum": (
+        Net(lambda n, x: n.b(torch.einsum("blc,blc->blc", n.a(x), n.a(x))), a=lin(4, 8), b=lin(8, 4)),
+        TOKENS, "b.weight[1]", "computed by einsum",
     ),
 }  # fmt: skip
 
