@@ -25,6 +25,7 @@ from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.noise import VPSDE, NoiseProcess, SchedulerProcess
 from sparsedm_compile.pack import PackReport, pack
 from sparsedm_compile.pattern import Pattern
+from sparsedm_compile.permutation import PermutationReport, permute_channels
 from sparsedm_compile.plan import LayerInfo, Plan, PlanLayer
 from sparsedm_compile.planning import make_plan
 from sparsedm_compile.sampling import sample, sampling_times
@@ -53,6 +54,7 @@ __all__ = [
     "ParetoCurve",
     "Pattern",
     "PatternSchedule",
+    "PermutationReport",
     "Plan",
     "PlanLayer",
     "RunMacs",
@@ -77,6 +79,7 @@ __all__ = [
     "measure_sensitivity",
     "pack",
     "pareto",
+    "permute_channels",
     "plan_for",
     "refresh",
     "sample",
