@@ -30,6 +30,7 @@ from sparsedm_compile.plan import LayerInfo, Plan, PlanLayer
 from sparsedm_compile.planning import make_plan
 from sparsedm_compile.sampling import sample, sampling_times
 from sparsedm_compile.schedules import EIGHTHS, HALVED_GROUPS, DrawnPatterns, PatternSchedule, StagedPatterns
+from sparsedm_compile.selection import LayerSelection, SelectionReport, select_masks
 from sparsedm_compile.sparsify import get_plan, set_pattern, sparsify, use_pattern
 from sparsedm_compile.srste import SRSTE
 from sparsedm_compile.timestep_schedule import TimestepSchedule
@@ -48,6 +49,7 @@ __all__ = [
     "FixedMask",
     "LatencyTable",
     "LayerInfo",
+    "LayerSelection",
     "MacsReport",
     "NoiseProcess",
     "PackReport",
@@ -59,6 +61,7 @@ __all__ = [
     "PlanLayer",
     "RunMacs",
     "SchedulerProcess",
+    "SelectionReport",
     "Sensitivity",
     "SparseConv2d",
     "SparseLinear",
@@ -85,6 +88,7 @@ __all__ = [
     "sample",
     "sampling_times",
     "save_sparse",
+    "select_masks",
     "set_pattern",
     "sparsedm",
     "sparsify",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsedm_compile.noise import VPSDE
+from sparsedm_compile.noise import VPSDE, NoiseProcess
 
 # Draws of time for each sample: their quantiles then lie within a stratum of the exact ones.
 _DRAWS_PER_SAMPLE = 1024
@@ -29,7 +29,7 @@ class CalibrationBatch:
 def calibration_set(
     batches: Iterable[Tensor | Sequence[Tensor]],
     *,
-    process: VPSDE | None = None,
+    process: NoiseProcess | None = None,
     samples: int = 256,
     batch: int = 32,
     seed: int = 0,
@@ -71,7 +71,7 @@ def calibration_set(
     ]
 
 
-def _stratified_times(process: VPSDE, samples: int, generator: torch.Generator) -> Tensor:
+def _stratified_times(process: NoiseProcess, samples: int, generator: torch.Generator) -> Tensor:
     # By quantiles of draws, which needs nothing of a process but that it draws times: discrete and non-uniform ones
     # are served alike.
     draws = process.sample_times(samples * _DRAWS_PER_SAMPLE, generator=generator).sort().values
@@ -79,7 +79,7 @@ def _stratified_times(process: VPSDE, samples: int, generator: torch.Generator) 
     return times[torch.randperm(samples, generator=generator)]
 
 
-def _network_inputs(process: VPSDE, noisy: Tensor, times: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
+def _network_inputs(process: NoiseProcess, noisy: Tensor, times: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
     """What ``process`` calls a network with; only the process knows, so it calls one that writes it down."""
     calls: list[tuple[Tensor, ...]] = []
 

@@ -1,0 +1,106 @@
+"""What calibration data tells of a layer: the Gram matrix of its inputs, gathered while the dense model runs."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsedm_compile.calibration import CalibrationBatch
+from sparsedm_compile.selection.matrix import input_rows
+
+# Elements that are unfolded and cast to float64 at a time: 128 MB.
+_CHUNK = 1 << 24
+
+
+@torch.no_grad()
+def input_grams(
+    model: nn.Module, layers: Mapping[str, Sequence[nn.Module]], calibration: Sequence[CalibrationBatch]
+) -> dict[str, Tensor]:
+    """``X^T X`` over all rows X that each layer sees, from one run of ``model`` over ``calibration``.
+
+    It is all that a choice of masks needs. Its diagonal holds the squared norms of the inputs, by which Wanda weighs;
+    ``trace(D @ gram @ D.T)`` is the squared error of the outputs when the weight changes by D; and so it is the Hessian
+    of that error, which SparseGPT and least squares ask for.
+
+    Args:
+        model: run as it stands.
+        layers: name -> the modules that share one weight.
+
+    Returns:
+        Name -> float64 ``(groups, K, K)`` on the layer's device, K as in :func:`weight_matrices`.
+
+    Raises:
+        ValueError: a layer was not called, or saw inputs that are not finite.
+    """
+    device = next(iter(layers.values()))[0].weight.device
+    grams: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, modules in layers.items():
+            for module in modules:
+                hook = module.register_forward_pre_hook(_accumulate(grams, name), with_kwargs=True)
+                hooks.callback(hook.remove)
+        for batch in calibration:
+            model(*(tensor.to(device) for tensor in batch.inputs))
+    for name in layers:
+        if name not in grams:
+            raise ValueError(
+                f"layer {name!r} is not called by model(*inputs) on the calibration data, so nothing is known of its "
+                f'inputs; leave it dense with rules={{"{name}": "dense"}}'
+            )
+        if not torch.isfinite(grams[name]).all():
+            raise ValueError(f"layer {name!r} sees inputs that are not finite on the calibration data")
+    return grams
+
+
+def _accumulate(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        if isinstance(layer, nn.Conv2d):
+            x = x.reshape(-1, *x.shape[-3:])  # it may come without a batch dimension
+        width = layer.weight[0].numel()
+        if name not in grams:
+            shape = (getattr(layer, "groups", 1), width, width)
+            grams[name] = torch.zeros(shape, dtype=torch.float64, device=x.device)
+        unfolded = math.prod(x.shape[1:]) * math.prod(layer.weight.shape[2:])
+        for part in x.split(max(1, _CHUNK // max(1, unfolded))):
+            # The products too in float64: compensated weights err where inputs hardly vary, and float32 would lose
+            # those directions beside the large ones.
+            rows = input_rows(layer, part.double())
+            grams[name].baddbmm_(rows.mT, rows)
+
+    return hook
+
+
+def output_error(grams: Tensor, weight: Tensor, other: Tensor) -> float:
+    """``|X (weight - other)^T| / |X weight^T|`` in the Frobenius norm over all groups.
+
+    Args:
+        grams: ``(groups, K, K)``.
+        weight, other: ``(groups, out / groups, K)``, float64.
+    """
+    difference = weight - other
+    error = ((difference @ grams) * difference).sum().clamp_min(0)  # rounding may leave it a hair below 0
+    signal = ((weight @ grams) * weight).sum().clamp_min(0)
+    return 0.0 if error == 0 else (error / signal).sqrt().item()
+
+
+@contextlib.contextmanager
+def dense_and_still(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """``model`` in eval mode, uncompiled and with its ``layers`` dense; all is put back, also after an error."""
+    modes = {module: module.training for module in model.modules()}
+    patterns = {name: layer.pattern for name, layer in layers.items()}
+    try:
+        model.eval()
+        for layer in layers.values():
+            layer.pattern = "dense"
+        # Hooks that are added after Dynamo compiled a part of the model would be passed by.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for name, layer in layers.items():
+            layer.pattern = patterns[name]
+        for module, mode in modes.items():
+            module.training = mode
