@@ -45,8 +45,7 @@ def permute_channels(
     shapes are unchanged.
 
     The outputs on ``inputs`` are compared before and after, dense, in eval mode, in float32; a relative difference
-    above 1e-5 undoes everything and raises. So that the check says something,
-    pass inputs that the model was trained for.
+    above 1e-5 undoes everything and raises. So that the check says something, pass inputs like those it was trained on.
 
     Permute before training: optimizers and averages that hold state per weight must be made afterwards. The call must
     take the path of later calls (the same optional inputs); parameters that it does not use are listed in the report.
@@ -99,7 +98,7 @@ def permute_channels(
                 raise RuntimeError(
                     f"permuting {type(model).__name__} changed its output by a relative {difference:.1e}, above "
                     f"{_TOLERANCE:.0e}: everything was put back. Either its float32 arithmetic is that sensitive on "
-                    "these inputs (pass inputs that it was trained for), or the analysis misjudged an operator"
+                    "these inputs (pass inputs like those it was trained on), or the analysis misjudged an operator"
                 )
     layers = tuple(
         LayerKept(name, str(plan[name].pattern), *shares[name], _kept_share(weight, plan[name].pattern)[1])

@@ -24,16 +24,16 @@ def random_weight(shape, pattern, seed=0):
     st.sampled_from(
         [("2:4", 1), ("1:4", 1), ("3:4", 1), ("2:8", 1), ("2:4v2", 1), ("2:4v2", 0), ("1:4v4", 0), ("5:8v2", 0)]
     ),
-    st.integers(1, 3),
+    st.integers(1, 2),
     st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_gains_are_what_the_masks_keep_after_the_swap(case, taps, seed):
     pattern, dim = case
-    weight = random_weight((8, 16, taps), pattern, seed)
+    weight = random_weight((8, 8, taps), pattern, seed)
     generator = torch.Generator().manual_seed(seed)
     # The family need not be the whole axis.
-    units = torch.randperm(weight.magnitude.shape[dim], generator=generator)[:7]
+    units = torch.randperm(weight.magnitude.shape[dim], generator=generator)[:6]
     rivals = torch.tensor([5, 0, 3])
     gains = swap_gains(Side(weight, dim, units.unsqueeze(1)), rivals)
     before = kept(weight.magnitude, weight.pattern)
