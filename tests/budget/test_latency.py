@@ -32,7 +32,7 @@ def known_times(monkeypatch):
 
     monkeypatch.setattr(latency, "choose", choose)
     monkeypatch.setattr(torch, "compile", lambda model, backend: model)
-    monkeypatch.setattr(latency, "paired_times", lambda candidates, **_: {"dense": [100.0, 100.0, 300.0]})
+    monkeypatch.setattr(latency, "paired_times", lambda candidates, **_: {"dense": [300.0, 100.0, 200.0]})
     return asked
 
 
