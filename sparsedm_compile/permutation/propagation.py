@@ -54,8 +54,10 @@ class Propagation:
                 arrays[:] = [array for array in arrays if not any(array is met for met in meeting)]
                 self._meet(main, partner, size, operand.why)
             joined.append(main)
-        biggest = max(operands, key=lambda operand: np.prod(operand.shape))
-        return Layout(shape, tuple(joined), biggest.why)
+        # Of two reasons, that of the operand which varies along the later dimensions, where channels tend to lie: a
+        # sinusoid is fixed by its frequencies (1, C), not by its times (B, 1).
+        latest = max(operands, key=lambda operand: operand.shape[::-1])
+        return Layout(shape, tuple(joined), latest.why)
 
     def _meet(self, main: np.ndarray, partner: np.ndarray | None, size: tuple[int, ...], why: str) -> None:
         """``main`` meets an operand of ``size``, in which ``partner`` holds the channels."""

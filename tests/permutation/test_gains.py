@@ -30,7 +30,7 @@ def random_weight(shape, pattern, seed=0):
 @settings(max_examples=12, deadline=None)
 def test_gains_are_what_the_masks_keep_after_the_swap(case, taps, seed):
     pattern, dim = case
-    weight = random_weight((8, 8, taps), pattern, seed)
+    weight = random_weight((8, 16, taps), pattern, seed)
     generator = torch.Generator().manual_seed(seed)
     # The family need not be the whole axis.
     units = torch.randperm(weight.magnitude.shape[dim], generator=generator)[:6]
