@@ -24,6 +24,8 @@ PATTERNS = ("2:4", "1:4", "2:4v64", "1:4v64")
 DTYPES = (torch.bfloat16, torch.float16)
 # ‖out − reference‖ / ‖reference‖: operands are exact, so one rounding to 8 (bf16) or 11 bits is all there is.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+# Of kernels that round their operands to 8 bits, int8 about 1e-2 and fp8 4e-2; a wrong one is wrong by about 1.
+ROUNDED_TOLERANCE = 0.08
 _ACTIVATIONS = {
     "none": lambda y: y,
     "gelu": F.gelu,
@@ -92,7 +94,10 @@ def random_error(kernel: Kernel, spec: LayerSpec, shape: tuple[int, ...], activa
     weight, x, bias = random(*spec.weight_shape) / fan_in**0.5, random(*shape), random(spec.weight_shape[0])
     masked = weight.double() * magnitude_mask(weight, spec.pattern)
     packed = kernel.pack(weight, spec)
-    if not torch.equal(kernel.unpack(*packed, spec).double(), masked):
+    unpacked = kernel.unpack(*packed, spec).double()
+    if kernel.exact and not torch.equal(unpacked, masked):
+        return float("inf")
+    if (unpacked - masked).norm() > ROUNDED_TOLERANCE * masked.norm():
         return float("inf")
     if spec.op == "linear":
         product, run = F.linear(x.double(), masked, bias.double()), kernel.linear
@@ -168,13 +173,14 @@ def check(name: str, kernel: Kernel, spec: LayerSpec, shape: tuple[int, ...], ac
         "activation": activation,
     }
     try:
-        wrong = one_hot_error(kernel, spec) if spec.op == "linear" and max(spec.weight_shape) <= 512 else None
+        tell_apart = kernel.exact and spec.op == "linear" and max(spec.weight_shape) <= 512
+        wrong = one_hot_error(kernel, spec) if tell_apart else None
         if wrong is not None:
             return record | {"ok": False, "why": wrong}
         error = random_error(kernel, spec, shape, activation)
     except Exception as failure:  # a kernel that raises is a wrong kernel, and the next one must still be checked
         return record | {"ok": False, "why": f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"}
-    ok = error < TOLERANCE[spec.dtype]
+    ok = error < (TOLERANCE[spec.dtype] if kernel.exact else ROUNDED_TOLERANCE)
     return record | {"ok": ok, "error": error, "why": "" if ok else f"relative error {error:.1e}"}
 
 

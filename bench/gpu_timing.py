@@ -175,7 +175,7 @@ def _cell(patch_size: int, ratio: int, banned: set[str]) -> Record:
             kernel = get_kernel(kernel_name)
             for pattern in PATTERNS:
                 spec = LayerSpec("linear", shape, Pattern.parse(pattern), dtype, "cuda")
-                if kernel_name in banned or kernel.refusal(spec) is not None:
+                if not kernel.exact or kernel_name in banned or kernel.refusal(spec) is not None:
                     continue
                 label, packed = f"{kernel_name} {pattern}", kernel.pack(weight, spec)
                 runs[label] = lambda y, k=kernel, p=packed, s=spec: k.linear(y, *p, s, Epilogue())

@@ -3,6 +3,7 @@
 from sparsedm_compile.kernels.cpu.kernel import CpuKernel
 from sparsedm_compile.kernels.cuda.kernel import CudaKernel
 from sparsedm_compile.kernels.cusparselt.kernel import CuSparseLtKernel
+from sparsedm_compile.kernels.cusparselt.quantized import QuantizedKernel
 from sparsedm_compile.kernels.onednn.kernel import OneDnnKernel
 from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
@@ -18,6 +19,8 @@ _KERNELS: dict[str, Kernel] = {
         CudaKernel(),
         TritonVectorKernel(),
         TritonPackedKernel(),
+        QuantizedKernel("cusparselt_int8"),
+        QuantizedKernel("cusparselt_fp8"),
         ReferenceKernel(),
     )
 }

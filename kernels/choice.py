@@ -67,7 +67,8 @@ def choose(
             _log.warning("kernel %r cannot take %s: %s; dense instead", forced, spec, refusal)
         return Verdict(_NATIVE, f"kernel {forced!r} cannot take it: {refusal}")
 
-    names = [name for name in kernel_names() if name != _REFERENCE and spec.device in get_kernel(name).devices]
+    kernels = {name: get_kernel(name) for name in kernel_names() if name != _REFERENCE}
+    names = [name for name, kernel in kernels.items() if kernel.exact and spec.device in kernel.devices]
     if not names:
         return Verdict(_NATIVE, f"no kernel runs on {spec.device}")
     refusals = {name: get_kernel(name).refusal(spec) for name in names}

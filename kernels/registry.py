@@ -61,6 +61,8 @@ class Kernel(ABC):
     version: str
     #: False for dense kernels, which take part in the choice as rivals and run where they win
     skips_zeros: bool = True
+    #: False where operands are rounded to fewer bits than the layer has: never chosen, only run by name
+    exact: bool = True
     #: types of device that it is for; elsewhere the choice does not ask it
     devices: tuple[str, ...] = ("cpu", "cuda")
     #: whether an epilogue costs it less than a pass of its own over the output
@@ -80,7 +82,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def unpack(self, values: Tensor, index: Tensor, spec: LayerSpec) -> Tensor:
-        """The masked dense weight, ``spec.weight_shape``, exactly as it was packed."""
+        """The masked dense weight, ``spec.weight_shape``, exactly as it was packed; rounded where not ``exact``."""
 
     @abstractmethod
     def linear(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:

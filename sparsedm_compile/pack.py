@@ -129,5 +129,5 @@ def _kernel(layer: SparseLinear | SparseConv2d) -> str:
     spec = spec_of(layer, layer.weight)
     if min(spec.weight_shape[:2]) < _NARROW:
         return "dense"
-    able = (name for name in kernel_names() if get_kernel(name).skips_zeros)
+    able = (name for name in kernel_names() if get_kernel(name).skips_zeros and get_kernel(name).exact)
     return next((name for name in able if get_kernel(name).refusal(spec) is None), "dense")

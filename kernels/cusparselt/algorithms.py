@@ -20,7 +20,8 @@ _log = logging.getLogger(__name__)
 DEFAULT = 0
 #: No algorithm gave the right result: the caller must go dense.
 NONE = -1
-# ‖out − dense‖ / ‖dense‖ of products with 16-bit operands, inner sums in fp32, lies between 1e-4 and 3e-3.
+# ‖out − dense‖ / ‖dense‖ of products with 16-bit operands, inner sums in fp32, lies between 1e-4 and 3e-3; of 8-bit
+# ones, whose results are not rounded to 16 bits, below.
 _TOLERANCE = 1e-2
 
 
@@ -33,6 +34,11 @@ class Problem:
     tokens: int
     dtype: torch.dtype
     has_bias: bool
+
+    @property
+    def out_dtype(self) -> torch.dtype | None:
+        """What the library must be asked for; None is the dtype of the operands. 8 bits hold no result."""
+        return {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}.get(self.dtype)
 
     @property
     def key(self) -> str:
@@ -102,24 +108,31 @@ def _search(problem: Problem, device: torch.device) -> int:
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device).to(problem.dtype)
+        values = torch.randn(*size, generator=generator, device=device)
+        return values * 32 if problem.out_dtype else values  # integers need some room
 
     with torch.inference_mode(False), torch.no_grad():
         # Of every four the first and the last: any pattern will do, and this one needs no mask.
-        weight = random(problem.rows, problem.width) / problem.width**0.5
+        weight = random(problem.rows, problem.width)
+        if problem.out_dtype is None:
+            weight /= problem.width**0.5
         weight.view(problem.rows, -1, 4)[:, :, 1:3] = 0
-        x = random(problem.tokens, problem.width)
-        bias = random(problem.rows) if problem.has_bias else None
-        expected = torch.nn.functional.linear(x, weight, bias)
+        weight, x = weight.to(problem.dtype), random(problem.tokens, problem.width).to(problem.dtype)
+        bias = random(problem.rows).to(problem.dtype) if problem.has_bias else None
+        if problem.out_dtype is None:
+            expected = torch.nn.functional.linear(x, weight, bias)
+        else:
+            expected = torch.nn.functional.linear(x.float(), weight.float())
         compressed = torch._cslt_compress(weight)
+        arguments = {"bias": bias, "out_dtype": problem.out_dtype, "transpose_result": True}
 
         def right(algorithm: int) -> bool:
-            out = torch._cslt_sparse_mm(compressed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm)
+            out = torch._cslt_sparse_mm(compressed, x.t(), **arguments, alg_id=algorithm)
             error = (out.float() - expected.float()).norm() / expected.float().norm()
             return bool(error < _TOLERANCE)  # NaN is not
 
         def found() -> int:
-            return int(torch._cslt_sparse_mm_search(compressed, x.t(), bias=bias, transpose_result=True))
+            return int(torch._cslt_sparse_mm_search(compressed, x.t(), **arguments))
 
         return _first_right((found, lambda: DEFAULT), right, problem)
 

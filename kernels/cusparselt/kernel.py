@@ -60,48 +60,67 @@ class CuSparseLtKernel(Kernel):
     def unpack(self, values: Tensor, index: Tensor, spec: LayerSpec) -> Tensor:
         # The layout is the library's secret, but its product with the identity is exact: one term of each sum is not 0.
         rows, width = spec.weight_shape[:2]
-        identity = torch.eye(width, dtype=values.dtype, device=values.device)
-        problem = Problem(rows, width, width, values.dtype, has_bias=False)
-        algorithm = _algorithms.get(problem, values.device)
-        if algorithm == NONE:
-            raise RuntimeError(
-                f"cuSPARSELt gives no right result for {problem.key} on this GPU; compile with kernel='dense' or 'cuda'"
-            )
+        identity = torch.eye(width, device=values.device).to(values.dtype)
         # Transposed as in a forward, so that the algorithm is one that was checked in this very layout.
-        product = torch._cslt_sparse_mm(values, identity.t(), transpose_result=True, alg_id=algorithm)
+        product = sparse_product(identity, values, rows, None, _TOKENS)
+        if product is None:
+            raise RuntimeError(
+                f"cuSPARSELt gives no right result for {rows}x{width}x{width} {values.dtype} on this GPU; compile with "
+                "kernel='dense' or 'cuda'"
+            )
         return from_matrix(product.t().contiguous(), spec.weight_shape)
 
     def linear(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        product = _product(rows, values, index, spec, epilogue.bias).reshape(*x.shape[:-1], spec.weight_shape[0])
+        product = self._product(rows, values, index, spec, epilogue.bias)
+        product = product.reshape(*x.shape[:-1], spec.weight_shape[0])
         return apply_epilogue(product, epilogue)
 
     def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         nhwc = x.permute(0, 2, 3, 1)
-        product = _product(nhwc.reshape(-1, x.shape[1]).contiguous(), values, index, spec, epilogue.bias)
+        product = self._product(nhwc.reshape(-1, x.shape[1]).contiguous(), values, index, spec, epilogue.bias)
         product = product.reshape(*nhwc.shape[:3], spec.weight_shape[0]).permute(0, 3, 1, 2)
         if not x.is_contiguous(memory_format=torch.channels_last):
             product = product.contiguous()
         return apply_epilogue(product, epilogue)
 
+    def _product(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, bias: Tensor | None) -> Tensor:
+        """``x (tokens, in) @ W.T + bias -> (tokens, out)``, contiguous."""
+        if not len(x):
+            return x.new_empty(0, spec.weight_shape[0])
+        out = sparse_product(x, values, spec.weight_shape[0], bias, _TOKENS)
+        if out is None:
+            weight = self.unpack(values, index, spec).reshape(spec.weight_shape[:2])
+            return F.linear(x, weight, bias)
+        return out
 
-def _product(x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, bias: Tensor | None) -> Tensor:
-    """``x (tokens, in) @ W.T + bias -> (tokens, out)``, contiguous."""
+
+def sparse_product(
+    x: Tensor, compressed: Tensor, out_features: int, bias: Tensor | None, multiple: int
+) -> Tensor | None:
+    """``x (tokens, in) @ W.T + bias -> (tokens, out)`` by the library, or None if it has no right algorithm.
+
+    Args:
+        x: contiguous, of the weight's dtype.
+        multiple: of tokens that the library takes.
+
+    Returns:
+        In the dtype of x; 8-bit products in int32 or float32.
+    """
     tokens, width = x.shape
-    if tokens == 0:
-        return x.new_empty(0, spec.weight_shape[0])
-    padded = -(-tokens // _TOKENS) * _TOKENS
+    padded = -(-tokens // multiple) * multiple
     if padded != tokens:
         # What lies in the rows behind the last token is never read: each gives one row of the output, cut off below.
         buffer = x.new_empty(padded, width)
         buffer[:tokens] = x
         x = buffer
-    problem = Problem(spec.weight_shape[0], width, padded, x.dtype, bias is not None)
+    problem = Problem(out_features, width, padded, x.dtype, bias is not None)
     algorithm = _algorithms.get(problem, x.device)
     if algorithm == NONE:
-        weight = CuSparseLtKernel().unpack(values, index, spec).reshape(spec.weight_shape[:2])
-        return F.linear(x[:tokens], weight, bias)
-    out = torch._cslt_sparse_mm(values, x.t(), bias=bias, transpose_result=True, alg_id=algorithm)
+        return None
+    out = torch._cslt_sparse_mm(
+        compressed, x.t(), bias=bias, out_dtype=problem.out_dtype, transpose_result=True, alg_id=algorithm
+    )
     return out[:tokens]
 
 
