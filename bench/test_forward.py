@@ -1,6 +1,6 @@
 """One forward pass a benchmark, to hold one commit against another; bench/end_to_end.py holds sparse against dense.
 
-pytest bench --benchmark-enable --benchmark-autosave [--benchmark-compare]
+pytest bench --benchmark-autosave [--benchmark-compare]
 """
 
 import pytest

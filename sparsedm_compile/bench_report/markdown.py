@@ -11,6 +11,8 @@ from sparsedm_compile.bench_report.waterfall import PARTS
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 # Agreement that is asked of what explain tells and what a model takes.
 _AGREEMENT = 0.15
+# Of what was left out for one reason, so many are named.
+_NAMED = 5
 
 
 def replace_between_markers(text: str, block: str) -> str:
@@ -261,7 +263,15 @@ _SECTIONS = {"models": _models, "layers": _layers, "scaling": _scaling, "costs":
 
 
 def _left_out(results: Sequence[Results]) -> list[str]:
-    lines = [f"- {gap['what']}: {gap['why']}" for one in results for gap in one.left_out]
+    """A line a reason; the files name every measurement."""
+    by_reason: dict[str, list[str]] = {}
+    for one in results:
+        for gap in one.left_out:
+            by_reason.setdefault(gap["why"], []).append(gap["what"])
+    lines = []
+    for why, names in by_reason.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"- {why}: {'; '.join(names[:_NAMED])}{more}")
     return ["Left out:", "\n".join(lines)] if lines else []
 
 
