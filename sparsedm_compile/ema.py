@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsedm_compile.planning import unwrap
+
 
 class EMA:
     """A moving average of all parameters, started from the model's weights at construction.
@@ -14,7 +16,8 @@ class EMA:
     the model's dtype, since a bfloat16 average would round away steps of ``1 - decay``.
 
     Args:
-        model: its parameters at this moment are the start.
+        model: its parameters at this moment are the start; where they are spread over processes (FSDP2), so is the
+            average. Wrappers of ``torch.compile`` and DDP are looked through.
         decay: share of the average that an update keeps; 0.9999 in SparseDM and U-ViT.
         warmup: keep only ``min(decay, (1 + k) / (10 + k))`` at update ``k = 1, 2, ...``. Without it, the average of a
             run much shorter than ``1 / (1 - decay)`` steps stays at its start. The official runs, long as they are,
@@ -40,7 +43,8 @@ class EMA:
         """Start again from the current weights of ``model``."""
         self.updates = 0
         self.shadow: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in model.named_parameters()
+            name: parameter.detach().to(torch.float32, copy=True)
+            for name, parameter in unwrap(model).named_parameters()
         }
 
     @torch.no_grad()
@@ -77,7 +81,7 @@ class EMA:
             average.copy_(state["shadow"][name])
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, nn.Parameter]]:
-        parameters = dict(model.named_parameters())
+        parameters = dict(unwrap(model).named_parameters())
         different = parameters.keys() ^ self.shadow.keys()
         different |= {n for n in parameters.keys() & self.shadow.keys() if parameters[n].shape != self.shadow[n].shape}
         if different:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsedm_compile.distributed import rank_and_world, share_of
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.fixed_mask import FixedMask
 from sparsedm_compile.layers import sparse_layers
@@ -112,6 +113,10 @@ def finetune(
 
         sdm.finetune(model, None, loader, steps=10_000, patterns=["dense", "2:4", "1:4"])
 
+    Under torchrun, ``model`` may be wrapped in ``DistributedDataParallel`` or, once it is sparsified, spread by
+    ``fully_shard`` (FSDP2); each process passes its own equal part of every batch. Losses and weights are then those of
+    one process with the whole batch, the parts in the order of the ranks, up to rounding.
+
     Args:
         model: a sparsified noise predictor, called as ``process.predict_noise`` says.
         teacher: the dense model, called alike; not changed. May be None at ``distillation_weight=0``, and where
@@ -202,8 +207,10 @@ def finetune(
 
     def loss(batch: Tensor | Sequence[Tensor]) -> Tensor:
         clean, *condition = (t.to(device) for t in ((batch,) if isinstance(batch, Tensor) else batch))
-        t = process.sample_times(clean.shape[0], device=device, generator=generator)
-        noise = torch.randn(clean.shape, dtype=clean.dtype, device=device, generator=generator)
+        everyone = clean.shape[0] * rank_and_world()[1]
+        t = share_of(process.sample_times(everyone, device=device, generator=generator))
+        noise = torch.randn(everyone, *clean.shape[1:], dtype=clean.dtype, device=device, generator=generator)
+        noise = share_of(noise)
         x_t = process.perturb(clean, t, noise)
         # A model at its dense pattern would be taught what it says already.
         taught = distillation_weight > 0 and not (teaches_itself and not get_plan(model).patterns())

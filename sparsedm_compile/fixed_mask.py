@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsedm_compile.distributed import sharded_mask
 from sparsedm_compile.layers import layer_pattern
-from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.srste import trained_layers
 
 
@@ -45,7 +45,7 @@ class FixedMask:
         if not sparse:
             raise ValueError("FixedMask: every trained layer is at 'dense'; set_pattern(model, '2:4') first")
         self._weights = {name: layer.weight for name, layer in sparse.items()}
-        self._dropped = {name: ~magnitude_mask(layer.weight, layer_pattern(layer)) for name, layer in sparse.items()}
+        self._dropped = {name: ~sharded_mask(layer.weight, layer_pattern(layer)) for name, layer in sparse.items()}
         self._hold_weights()
         self._hooks = (
             optimizer.register_step_pre_hook(self._hold_gradients),

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 
 from sparsedm_compile.pattern import DENSE, Pattern
 from sparsedm_compile.plan import LayerInfo, Plan, PlanLayer
@@ -16,14 +17,15 @@ _KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module behind a ``torch.compile`` wrapper.
+    """The module behind the wrappers of ``torch.compile`` and ``DistributedDataParallel``.
 
     Raises:
         TypeError: not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model)
+    return unwrap(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

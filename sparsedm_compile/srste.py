@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsedm_compile.distributed import sharded_mask
 from sparsedm_compile.layers import SparseConv2d, SparseLinear, layer_pattern, sparse_layers
-from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.planning import unwrap
 
 
@@ -70,7 +70,7 @@ class SRSTE:
                 continue
             done.add(id(weight))  # a weight shared by two layers decays once
             factor = self.decay if scale is None else self.decay * scale.to(weight.device)
-            weight.grad.add_(weight.masked_fill(magnitude_mask(weight, pattern), 0) * factor)
+            weight.grad.add_(weight.masked_fill(sharded_mask(weight, pattern), 0) * factor)
 
 
 def trained_layers(optimizer: Optimizer, model: nn.Module, caller: str) -> dict[str, SparseLinear | SparseConv2d]:

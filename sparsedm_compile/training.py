@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from sparsedm_compile.data_position import RepeatedBatches
+from sparsedm_compile.distributed import mean_over_processes, rank_and_world
 from sparsedm_compile.ema import EMA
+from sparsedm_compile.planning import unwrap
 from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
 
 
@@ -65,6 +68,9 @@ def train(
 
     Loss and gradient norm are checked before each step, so the weights are good whenever this returns or raises.
 
+    Under torchrun every process calls this with its part of the batches, ``model`` in DDP or FSDP2: losses are means
+    over the processes, which save and go on together, and may be another number when they go on.
+
     Args:
         model: put into training mode for the run, and back into its own after it.
         optimizer: of the model's parameters; its learning rates are reached by a linear warm-up and then kept.
@@ -99,14 +105,21 @@ def train(
     check_limits(steps, seconds, warmup_steps, max_grad_norm)
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
+    device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     record, data = TrainingRecord(), RepeatedBatches(batches)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0)
     checkpoints = None
     if checkpoint_dir is not None:
-        parts = {"data": data, "optimizer": optimizer, "lr_schedule": schedule, "scaler": scaler, "model": model}
+        parts = {
+            "data": data,
+            "optimizer": optimizer,
+            "lr_schedule": schedule,
+            "scaler": scaler,
+            "model": unwrap(model),
+        }
         parts |= {"ema": ema, "record": record, **(stateful or {})}
-        parts["random"] = RandomState(next(model.parameters()).device)  # last: the data draws while it is restored
+        parts["random"] = RandomState(device)  # last: the data draws while it is restored
         settings = {"optimizer": type(optimizer).__name__, "warmup_steps": warmup_steps, **(settings or {})}
         checkpoints = TrainingCheckpoints(checkpoint_dir, parts, settings)
         checkpoints.restore()
@@ -114,7 +127,7 @@ def train(
     model.train()
     start = time.perf_counter() - record.seconds
     try:
-        with _bar(steps, seconds, description, progress) as bar:
+        with _bar(steps, seconds, description, progress and rank_and_world()[0] == 0) as bar:
             _advance(bar, record, seconds)
             while not _reached(record, steps, seconds):
                 batch = next(data)
@@ -125,6 +138,8 @@ def train(
                 scaler.scale(value).backward()
                 scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+                value = mean_over_processes(value.detach().float())
                 loss_value, overflowed = _check_finite(record.steps, value, norm, scaler, checkpoints)
                 scaler.step(optimizer)
                 scaler.update()
@@ -134,6 +149,8 @@ def train(
                 record.losses.append(loss_value)
                 record.steps += 1
                 record.seconds = time.perf_counter() - start
+                if seconds is not None and rank_and_world()[1] > 1:  # all processes must stop at the same step
+                    record.seconds = mean_over_processes(torch.tensor(record.seconds, device=device)).item()
                 _advance(bar, record, seconds)
                 due = record.steps % checkpoint_every == 0 or _reached(record, steps, seconds)
                 if checkpoints is not None and due:
@@ -174,7 +191,7 @@ def _check_finite(
     kept = f"at step {done + 1}; the model keeps the averaged weights of the {done} steps before"
     if checkpoints is not None and checkpoints.step is not None:
         kept += f", and {checkpoints.directory} the state after step {checkpoints.step}"
-    value, norm_value = torch.stack([loss.detach().float(), norm.float()]).tolist()  # one synchronisation for both
+    value, norm_value = torch.stack([loss, norm.float()]).tolist()  # one synchronisation for both
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} {kept}")
     overflowed = not math.isfinite(norm_value)

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from sparsedm_compile.atomic_write import write_atomically
+from sparsedm_compile.distributed import on_first_process, rank_and_world
+from sparsedm_compile.tensor_files import read_metadata, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +26,12 @@ class TrainingCheckpoints:
     """The newest state of a training run, in a directory of its own.
 
     ``step-00000100.safetensors`` holds the tensors, and in its metadata everything else: the plan among the settings,
-    counters, the optimizer's numbers. ``manifest.json`` names that file with its size and SHA-256, and is replaced only
-    once the file is on the disk; files that it does not name are removed after that. So a kill, or a full disk, leaves
-    the checkpoint of before.
+    counters, the optimizer's numbers. Where tensors are spread over processes (FSDP2), ``step-00000100`` is a folder
+    that torch.distributed.checkpoint wrote, each process its part, with everything else in ``metadata.json``. Either
+    can be read by any number of processes, and by a model spread in another way, or not at all.
+
+    ``manifest.json`` names the files with their sizes and SHA-256, and is replaced only once they are on the disk; what
+    it does not name is removed after that. So a kill, or a full disk, leaves the checkpoint of before.
 
     Args:
         directory: made if it is missing.
@@ -50,19 +56,28 @@ class TrainingCheckpoints:
         tensors: dict[str, Tensor] = {}
         tree = {name: _split(_state_of(part), name, tensors) for name, part in self._parts.items()}
         metadata = {"settings": json.dumps(self._settings), "tree": json.dumps(tree), "step": str(step)}
-        path = self.directory / f"step-{step:08d}.safetensors"
+        path = self.directory / f"step-{step:08d}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-            manifest = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-            text = json.dumps(manifest, indent=2) + "\n"
-            write_atomically(self.directory / _MANIFEST, lambda temporary: temporary.write_text(text))
+            on_first_process(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+            written = write_tensors(path, tensors, metadata)
+            on_first_process(lambda: self._name(step, written))
         except OSError as error:
             kept = "there is none before it" if self.step is None else f"that of step {self.step} is intact"
             raise OSError(f"the checkpoint of step {step} could not be saved; {kept}: {error}") from error
         self.step = step
-        for other in (*self.directory.glob("step-*.safetensors"), *self.directory.glob(".step-*.partial")):
-            if other != path:
+
+    def _name(self, step: int, path: Path) -> None:
+        """Make ``path`` the checkpoint, and remove all others."""
+        files = {
+            file.relative_to(self.directory).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+        }
+        text = json.dumps({"step": step, "checkpoint": path.name, "files": files}, indent=2) + "\n"
+        write_atomically(self.directory / _MANIFEST, lambda temporary: temporary.write_text(text))
+        for other in (*self.directory.glob("step-*"), *self.directory.glob(".step-*.partial")):
+            if other.is_dir() and other != path:
+                shutil.rmtree(other)
+            elif other != path:
                 other.unlink()
 
     def restore(self) -> bool:
@@ -75,13 +90,10 @@ class TrainingCheckpoints:
             ValueError: the checkpoint is damaged, or one of another model, plan or other settings. The parts are as
                 they were.
         """
-        path = self._verified()
+        path = on_first_process(self._verified)
         if path is None:
             return False
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+        metadata = read_metadata(path)
         difference = _difference(json.loads(metadata["settings"]), self._settings)
         if difference is not None:
             name, theirs, ours = difference
@@ -89,8 +101,13 @@ class TrainingCheckpoints:
                 f"{self.directory} holds a run with {name} = {theirs}, and this one has {ours}: go on as that run "
                 "began, or choose another directory"
             )
-        states = {name: _join(node, tensors) for name, node in json.loads(metadata["tree"]).items()}
-        self._check_parts(states)
+        trees = json.loads(metadata["tree"])
+        shapes: dict[str, tuple[list[int], str]] = {}
+        for tree in trees.values():
+            _join(tree, lambda name, shape, dtype: shapes.update({name: (shape, dtype)}))
+        self._check_parts(trees, shapes)
+        tensors = read_tensors(path, shapes, self._places(shapes).get)
+        states = {name: _join(tree, lambda name, *_: tensors[name]) for name, tree in trees.items()}
         for name, part in self._parts.items():
             if isinstance(part, torch.Generator):
                 part.set_state(states[name])
@@ -107,30 +124,47 @@ class TrainingCheckpoints:
         remedy = "restore it from a copy, or remove the directory to start from the beginning"
         try:
             manifest = json.loads(manifest_path.read_text())
-            path, size, digest = self.directory / manifest["file"], manifest["bytes"], manifest["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+            path = self.directory / manifest["checkpoint"]
+            files = [(self.directory / name, file["bytes"], file["sha256"]) for name, file in manifest["files"].items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{manifest_path} is damaged ({error!r}): {remedy}") from error
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, though {_MANIFEST} names it: {remedy}")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes of {size}; {remedy}")
-        if _sha256(path) != digest:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}; {remedy}")
+        for file, size, digest in files:
+            if not file.is_file():
+                raise ValueError(f"{file} is missing, though {_MANIFEST} names it: {remedy}")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} is truncated: {file.stat().st_size} bytes of {size}; {remedy}")
+            if _sha256(file) != digest:
+                raise ValueError(f"{file} is damaged: its SHA-256 is not that of {_MANIFEST}; {remedy}")
         return path
 
-    def _check_parts(self, states: Mapping[str, Any]) -> None:
-        if states.keys() != self._parts.keys():
+    def _check_parts(self, trees: Mapping[str, Any], shapes: Mapping[str, tuple[list[int], str]]) -> None:
+        if trees.keys() != self._parts.keys():
             raise ValueError(
-                f"{self.directory} holds a run with the parts {', '.join(states)}, and this one has "
+                f"{self.directory} holds a run with the parts {', '.join(trees)}, and this one has "
                 f"{', '.join(self._parts)}: go on as that run began, or choose another directory"
             )
-        ours, theirs = self._parts["model"].state_dict(), states["model"]
+        theirs = {name: tuple(shape) for name, (shape, _) in shapes.items() if name.startswith("model/")}
+        ours = {f"model/{name}": tuple(tensor.shape) for name, tensor in self._parts["model"].state_dict().items()}
         for name in sorted(ours.keys() | theirs.keys()):
-            there, here = (tuple(state[name].shape) if name in state else "no shape" for state in (theirs, ours))
+            there, here = theirs.get(name, "no shape"), ours.get(name, "no shape")
             if there != here:
+                name = name.removeprefix("model/")
                 raise ValueError(
                     f"{self.directory} holds a run of another model: {name!r} has {there} there and {here} here"
                 )
+
+    def _places(self, shapes: Mapping[str, tuple[list[int], str]]) -> dict[str, Tensor]:
+        """Name -> a DTensor that is spread over the processes as the tensor of that name must be."""
+        places: dict[str, Tensor] = {}
+        for name, part in self._parts.items():
+            _split(_state_of(part), name, places)
+            if isinstance(part, Optimizer):  # a new one has no moments yet; they are spread as their parameters
+                parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+                for key, (shape, _) in shapes.items():
+                    prefix, *index = key.split("/")[:3]
+                    if prefix == name and index[:1] == ["state"] and shape == list(parameters[int(index[1])].shape):
+                        places[key] = parameters[int(index[1])].detach()
+        return {name: tensor for name, tensor in places.items() if isinstance(tensor, DTensor)}
 
 
 def _state_of(part: Any) -> Any:
@@ -141,8 +175,9 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON, its tensors moved to ``tensors`` and named by their path. Dict keys keep their type."""
     if isinstance(value, Tensor):
         # Copied: safetensors takes no two tensors that share memory, as tied weights do.
-        tensors[path] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {"tensor": path}
+        value = value.detach()
+        tensors[path] = value if isinstance(value, DTensor) else value.to("cpu", copy=True).contiguous()
+        return {"tensor": [path, list(value.shape), str(value.dtype).removeprefix("torch.")]}
     if isinstance(value, Mapping):
         return {"dict": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
@@ -150,14 +185,15 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return {"value": value}
 
 
-def _join(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _join(node: dict[str, Any], tensor: Callable[[str, list[int], str], Any]) -> Any:
+    """What :func:`_split` took apart; ``tensor`` answers a name, shape and dtype."""
     ((kind, content),) = node.items()
     if kind == "tensor":
-        return tensors[content]
+        return tensor(*content)
     if kind == "dict":
-        return {key: _join(item, tensors) for key, item in content}
+        return {key: _join(item, tensor) for key, item in content}
     if kind == "list":
-        return [_join(item, tensors) for item in content]
+        return [_join(item, tensor) for item in content]
     return content
 
 
@@ -190,7 +226,13 @@ class RandomState:
         return states
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Set them; a state of a device that this run does not use is left out."""
+        """Set them; a state of a device that this run does not use is left out.
+
+        There is one for all processes. Those after the first take seeds drawn from it, lest all drop out alike.
+        """
         torch.set_rng_state(state["cpu"])
         if self._device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self._device)
+        rank, _ = rank_and_world()
+        if rank > 0:
+            torch.manual_seed(int(torch.randint(2**62, ())) + rank)

@@ -241,7 +241,7 @@ def small_disk():
 def test_full_disk_keeps_the_checkpoint_before(tmp_path, small_disk):
     whole, expected = run()
     run(tmp_path, 6)
-    size = json.loads((tmp_path / "manifest.json").read_text())["bytes"]
+    size = (tmp_path / "step-00000006.safetensors").stat().st_size
     small_disk(size // 2)
     with pytest.raises(OSError, match=r"checkpoint of step 9 could not be saved; that of step 6 is intact: .*step-0"):
         run(tmp_path)
