@@ -52,7 +52,7 @@ class SelectionReport(RichText):
         return len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON; ``layers`` is a list of dicts."""
+        """The fields by name, ready for JSON; ``layers`` holds a dict for each."""
         return asdict(self)
 
     def __rich__(self) -> Table:
