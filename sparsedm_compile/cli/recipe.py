@@ -47,22 +47,25 @@ def quality(
     out: OutOption,
     data: DataOption = None,
     row: RowsOption = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Only so many seeds; later calls add more.")
+    ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time the rows; run it alone on the machine.")] = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge the rows that were made, and write report.json and report.html into the folder."""
-    from sparsedm_compile.quality.evaluate import collect, judge_rows, measure_speed
+    """Judge the rows that were made (and --row dense), and write report.json and report.html into the folder."""
+    from sparsedm_compile.quality.evaluate import DENSE_ROW, collect, judge_rows, measure_speed
     from sparsedm_compile.quality.report import render_html
     from sparsedm_compile.recipes.workspace import write_json
 
     workspace, images = _open(recipe, out, data, threads)
     with result_only(as_json):
         with user_errors():
-            rows = _rows(workspace, row)
+            rows = _rows(workspace, None if row is None else [name for name in row if name != DENSE_ROW])
             workspace.dense(images, train=False)
             made = tuple(one for one in rows if workspace.has(one))
-        judge_rows(workspace, images, made)
+        judge_rows(workspace, images, made, dense=row is None or DENSE_ROW in row, seeds=seeds)
         if speed:
             measure_speed(workspace, images, made)
         report, samples = collect(workspace, images)
@@ -87,4 +90,4 @@ def _open(recipe: str, out: Path, data: Path | None, threads: int | None):
 
 
 def _rows(workspace, names: list[str] | None):
-    return tuple(workspace.recipe.row(name) for name in names) if names else workspace.recipe.rows
+    return workspace.recipe.rows if names is None else tuple(workspace.recipe.row(name) for name in names)

@@ -1,6 +1,8 @@
 """Judging all rows of a recipe's folder; what was judged already is kept."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,46 +23,69 @@ DENSE_ROW = "dense"
 
 
 def judge_rows(
-    workspace: Workspace, data: ImageData, rows: tuple[RowConfig, ...], *, dense: bool = True, progress: bool = True
+    workspace: Workspace,
+    data: ImageData,
+    rows: tuple[RowConfig, ...],
+    *,
+    dense: bool = True,
+    seeds: int | None = None,
+    progress: bool = True,
 ) -> None:
-    """Judge the dense model and ``rows``, those that are not judged yet, and write a score file for each.
+    """Judge the dense model and ``rows`` at the seeds that are missing, and write a score file for each.
 
     Several processes may judge different rows of one folder at the same time.
 
+    Args:
+        dense: whether to judge the dense model too.
+        seeds: how many of the recipe's seeds; all unless given. A later call adds the others.
+
     Raises:
         FileNotFoundError: a row was never made.
+        ValueError: a score file of other settings than the recipe's.
     """
     quality = workspace.recipe.quality
+    wanted = quality.seeds[:seeds]
     reference = ReferenceSet(workspace.features(data, progress=progress), data.test)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # every pattern is a graph
 
-    def score(name: str, file: str, model: nn.Module, pattern: str) -> None:
+    def score(name: str, file: str, load: Callable[[], nn.Module]) -> None:
+        path = _score_file(workspace, file)
+        known = _read_score(path) if path.exists() else None
+        missing = tuple(seed for seed in wanted if known is None or seed not in known.seeds)
+        if not missing:
+            return
+        model = load()
         result, shown = judge(
             name,
             model,
             reference,
             data.test,
-            seeds=quality.seeds,
+            seeds=missing,
             samples=quality.samples,
             solver=quality.solver,
             steps=quality.steps,
             batch=quality.batch,
-            pattern=pattern,
+            pattern=_patterns_of(model),
             progress=progress,
         )
-        torch.save(shown, workspace.folder / "scores" / f"{file}.pt")
-        write_json(workspace.folder / "scores" / f"{file}.json", {**result.to_dict(), "provenance": provenance()})
+        if known is None:
+            torch.save(shown, path.with_suffix(".pt"))
+        else:
+            result = known.merged(result)
+        write_json(path, {**result.to_dict(), "provenance": provenance()})
 
-    if dense and not _score_file(workspace, DENSE_ROW).exists():
-        score(DENSE_ROW, DENSE_ROW, workspace.dense(data, train=False), "dense")
+    if dense:
+        score(DENSE_ROW, DENSE_ROW, lambda: workspace.dense(data, train=False))
     for row in rows:
         for name, file, pattern in _variants(row):
-            if _score_file(workspace, file).exists():
-                continue
-            model = workspace.row(row, data, make=False)
-            if pattern is not None:
-                set_pattern(model, pattern)
-            score(name, file, model, _patterns_of(model))
+            score(name, file, functools.partial(_load, workspace, row, data, pattern))
+
+
+def _load(workspace: Workspace, row: RowConfig, data: ImageData, pattern: str | None) -> nn.Module:
+    model = workspace.row(row, data, make=False)
+    if pattern is not None:
+        set_pattern(model, pattern)
+    return model
 
 
 def _variants(row: RowConfig) -> list[tuple[str, str, str | None]]:
@@ -73,6 +98,11 @@ def _variants(row: RowConfig) -> list[tuple[str, str, str | None]]:
 def _patterns_of(model: nn.Module) -> str:
     patterns = {str(layer_pattern(layer)) for layer in sparse_layers(model).values()}
     return ", ".join(sorted(patterns)) or "dense"
+
+
+def _read_score(path: Path) -> Score:
+    values = json.loads(path.read_text())
+    return Score.from_dict({key: value for key, value in values.items() if key != "provenance"})
 
 
 def _score_file(workspace: Workspace, file: str) -> Path:
@@ -90,10 +120,8 @@ def measure_speed(
     inputs = data.test[:batch], torch.full((batch,), 500.0)
     timed: dict[str, dict] = {}
     for row in rows:
-        model = workspace.row(row, data, make=False)
         for name, _, pattern in _variants(row):
-            if pattern is not None:
-                set_pattern(model, pattern)
+            model = _load(workspace, row, data, pattern)
             plan = {layer: str(layer_pattern(module)) for layer, module in sparse_layers(model).items()}
             if set(plan.values()) <= {"dense"}:
                 continue
@@ -122,9 +150,8 @@ def collect(workspace: Workspace, data: ImageData, *, progress: bool = True) -> 
             if file == DENSE_ROW:
                 raise FileNotFoundError(f"{path} does not exist: the dense model must be judged first")
             continue
-        values = json.loads(path.read_text())
-        sources["scores"] = values.pop("provenance")
-        scores.append(Score.from_dict(values))
+        sources["scores"] = json.loads(path.read_text())["provenance"]
+        scores.append(_read_score(path))
         samples[scores[-1].name] = torch.load(path.with_suffix(".pt"), weights_only=True)
     speedups = {}
     if (speed := workspace.folder / "scores" / "speed.json").exists():

@@ -1,7 +1,7 @@
 """Judging one model: distances of its samples over seeds, denoising loss, MACs and bytes."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -56,6 +56,21 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
         return asdict(self)
+
+    def merged(self, later: "Score") -> "Score":
+        """This score with the seeds of a later one of the same model added.
+
+        Raises:
+            ValueError: the samples of the two were drawn in another way.
+        """
+        for name in ("name", "pattern", "macs", "samples", "solver", "steps"):
+            if getattr(self, name) != getattr(later, name):
+                raise ValueError(
+                    f"scores of {self.name!r} cannot be merged: {name} is {getattr(self, name)!r} in one and "
+                    f"{getattr(later, name)!r} in the other; delete its score file to judge it anew"
+                )
+        added = {name: getattr(self, name) + getattr(later, name) for name in ("frechet", "kernel", "seeds", "seconds")}
+        return replace(self, **added)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Score":

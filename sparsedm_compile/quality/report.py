@@ -75,9 +75,11 @@ class QualityReport(RichText):
     def caption(self) -> str:
         """How the figures were made, in a line."""
         first = self.rows[0]
+        seeds = sorted({len(row.seeds) for row in self.rows})
         classifier = "" if self.classifier_accuracy is None else f" ({self.classifier_accuracy:.1%} accurate)"
         return (
-            f"{first.samples} samples for each of {len(first.seeds)} seeds, {first.solver}, {first.steps} steps; "
+            f"{first.samples} samples for each of {' or '.join(map(str, seeds))} seeds, {first.solver}, {first.steps} "
+            f"steps; "
             f"{self.metric} of weights {self.features_sha256[:12]}{classifier}; real images of the training set: "
             f"{self.floor:.3f}"
         )
