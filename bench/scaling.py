@@ -27,7 +27,7 @@ from sparsedm_compile.bench_report import Results, write_results
 from sparsedm_compile.bench_report.results import Row
 from sparsedm_compile.benchmarking import bench_model
 from sparsedm_compile.kernels import get_kernel
-from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.kernels.registry import Kernel, LayerSpec
 from sparsedm_compile.models import create_uvit, example_inputs
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.timing import paired_times
@@ -87,7 +87,7 @@ def packing(preset: str) -> Iterator[Row]:
     weight = torch.randn(4096, 1024)
     for pattern in PATTERNS:
         spec = LayerSpec("linear", tuple(weight.shape), Pattern.parse(pattern))
-        runs = paired_times({"": partial(get_kernel("cpu").pack, weight, spec)}, seconds=0.5)[""]
+        runs = paired_times({"": partial(_cpu_kernel(spec).pack, weight, spec)}, seconds=0.5)[""]
         yield _cost("packing", f"{pattern}, 4096 x 1024", [seconds * 1e9 / weight.numel() for seconds in runs], "ns")
     model = create_uvit(preset).eval()
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -103,7 +103,7 @@ def overhead() -> Iterator[Row]:
     """A call of a layer so small that its arithmetic takes no time."""
     spec = LayerSpec("linear", (32, 32), Pattern.parse("2:4"))
     x, weight = torch.randn(1, 32), torch.randn(32, 32)
-    packed = get_kernel("cpu").pack(weight, spec)
+    packed = _cpu_kernel(spec).pack(weight, spec)
     calls: dict[str, Callable[[], Any]] = {
         "F.linear": lambda: F.linear(x, weight),
         "sparsedm::linear": lambda: torch.ops.sparsedm.linear(x, *packed, "cpu", "2:4", [32, 32]),
@@ -130,6 +130,14 @@ def first_calls() -> Iterator[Row]:
                 done = subprocess.run(command, env=os.environ | places, capture_output=True, text=True, check=True)
                 seconds = json.loads(done.stdout.splitlines()[-1])
                 yield _cost("first call", f"{backend}, uvit-s/2, {state}", [seconds], "s")
+
+
+def _cpu_kernel(spec: LayerSpec) -> Kernel:
+    kernel = get_kernel("cpu")
+    refusal = kernel.refusal(spec)  # also what compiles it
+    if refusal is not None:
+        raise SystemExit(f"the cpu kernel cannot run here: {refusal}")
+    return kernel
 
 
 def _cost(cost: str, of: str, values: list[float], unit: str) -> Row:

@@ -36,4 +36,6 @@ def test_layer(benchmark, shape, pattern):
         op = "conv2d" if is_conv else "linear"
         spec = LayerSpec(op, weight_shape, Pattern.parse(pattern), padding=padding if is_conv else (0, 0))
         kernel = get_kernel("cpu")
+        if (refusal := kernel.refusal(spec)) is not None:
+            pytest.skip(refusal)
         benchmark(getattr(kernel, op), x, *kernel.pack(weight, spec), spec, Epilogue())
