@@ -19,6 +19,7 @@ from sparsedm_compile.schedules import DrawnPatterns, PatternSchedule, StagedPat
 from sparsedm_compile.sparsify import get_plan, set_pattern, use_pattern
 from sparsedm_compile.srste import SRSTE
 from sparsedm_compile.training import TrainingRecord, check_limits, train
+from sparsedm_compile.training_log import TrainingLog
 
 
 def distillation_loss(
@@ -95,6 +96,7 @@ def finetune(
     compile: bool = False,
     checkpoint_dir: Path | str | None = None,
     checkpoint_every: int = 1000,
+    log: TrainingLog | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> TrainingRecord:
@@ -140,6 +142,7 @@ def finetune(
         compile: train through ``torch.compile(model, backend="sparsedm")``; pays from some hundred steps on. Each
             pattern is a graph of its own.
         checkpoint_dir, checkpoint_every: the run is saved and goes on after an interruption, see :func:`train`.
+        log: see :func:`train`.
         seed: of times, noise and drawn patterns; the order of the data is the caller's.
 
     Returns:
@@ -254,6 +257,7 @@ def finetune(
             checkpoint_every=checkpoint_every,
             stateful={"noise": generator, **({"fixed_mask": rule} if fixed_mask else {})},
             settings=settings,
+            log=log,
             progress=progress,
             description="fine-tune",
         )

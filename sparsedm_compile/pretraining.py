@@ -11,6 +11,7 @@ from sparsedm_compile.ema import EMA
 from sparsedm_compile.finetune import distillation_loss
 from sparsedm_compile.noise import VPSDE
 from sparsedm_compile.training import TrainingRecord, train
+from sparsedm_compile.training_log import TrainingLog
 
 
 def pretrain(
@@ -26,6 +27,7 @@ def pretrain(
     amp: str | None = None,
     checkpoint_dir: Path | str | None = None,
     checkpoint_every: int = 500,
+    log: TrainingLog | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> TrainingRecord:
@@ -34,7 +36,8 @@ def pretrain(
     Args:
         model: called as ``model(x_t, process.time_scale * t, *condition)``.
         batches: of clean data ``(B, ...)``, or of ``(data, *condition)``; gone through again and again.
-        steps, warmup_steps, checkpoint_dir, checkpoint_every, progress: see :func:`sparsedm_compile.training.train`.
+        steps, warmup_steps, checkpoint_dir, checkpoint_every, log, progress: see
+            :func:`sparsedm_compile.training.train`.
         process: the noise process; the default is that of U-ViT's pixel models.
         learning_rate, weight_decay: of AdamW, with betas 0.9 and 0.99 as in U-ViT's code.
         ema_decay: see :class:`EMA`.
@@ -72,6 +75,7 @@ def pretrain(
         checkpoint_every=checkpoint_every,
         stateful={"noise": generator},
         settings={"amp": amp, "seed": seed},
+        log=log,
         progress=progress,
         description="pretrain",
     )

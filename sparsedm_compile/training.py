@@ -19,6 +19,7 @@ from sparsedm_compile.distributed import mean_over_processes, rank_and_world
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.planning import unwrap
 from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
+from sparsedm_compile.training_log import TrainingLog
 
 
 @dataclass
@@ -61,6 +62,7 @@ def train(
     checkpoint_every: int = 1000,
     stateful: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    log: TrainingLog | None = None,
     progress: bool = True,
     description: str = "train",
 ) -> TrainingRecord:
@@ -92,6 +94,7 @@ def train(
         stateful: what else changes during the run and is saved with it: objects with ``state_dict`` and
             ``load_state_dict``, or torch Generators that ``loss`` draws from.
         settings: JSON values that a run must share with the one that it goes on with.
+        log: told the loss and learning rate of each step, by the first process.
         progress: show a progress bar.
         description: what the bar is called.
 
@@ -141,6 +144,7 @@ def train(
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 value = mean_over_processes(value.detach().float())
                 loss_value, overflowed = _check_finite(record.steps, value, norm, scaler, checkpoints)
+                learning_rate = optimizer.param_groups[0]["lr"]
                 scaler.step(optimizer)
                 scaler.update()
                 if not overflowed:
@@ -152,6 +156,8 @@ def train(
                 if seconds is not None and rank_and_world()[1] > 1:  # all processes must stop at the same step
                     record.seconds = mean_over_processes(torch.tensor(record.seconds, device=device)).item()
                 _advance(bar, record, seconds)
+                if log is not None and rank_and_world()[0] == 0:
+                    log.write(record.steps, {"loss": loss_value, "learning_rate": learning_rate})
                 due = record.steps % checkpoint_every == 0 or _reached(record, steps, seconds)
                 if checkpoints is not None and due:
                     checkpoints.save(record.steps)

@@ -10,6 +10,7 @@ from sparsedm_compile.cli.common import JsonOption, ThreadsOption, result_only, 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe, or a path to a .toml file.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the recipe's data files.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of checkpoints, logs and scores; resumed if there.")]
+TensorBoardOption = Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard in place of CSV.")]
 RowsOption = Annotated[list[str] | None, typer.Option("--row", help="Only this row; repeatable.")]
 
 
@@ -17,10 +18,11 @@ def train(
     recipe: RecipeArgument,
     out: OutOption,
     data: DataOption = None,
+    tensorboard: TensorBoardOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Train the dense model of a recipe, or go on where it was stopped."""
-    workspace, images = _open(recipe, out, data, threads)
+    workspace, images = _open(recipe, out, data, threads, tensorboard)
     workspace.dense(images, train=True)
     typer.echo(f"{out / 'dense.safetensors'}")
 
@@ -30,10 +32,11 @@ def finetune(
     out: OutOption,
     data: DataOption = None,
     row: RowsOption = None,
+    tensorboard: TensorBoardOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Make the sparse rows of a recipe from its dense model; rows that are there already are kept."""
-    workspace, images = _open(recipe, out, data, threads)
+    workspace, images = _open(recipe, out, data, threads, tensorboard)
     with user_errors():
         rows = _rows(workspace, row)
         workspace.dense(images, train=False)
@@ -77,7 +80,7 @@ def quality(
         typer.echo(f"not made yet, hence not in the report: {', '.join(missing)}", err=True)
 
 
-def _open(recipe: str, out: Path, data: Path | None, threads: int | None):
+def _open(recipe: str, out: Path, data: Path | None, threads: int | None, tensorboard: bool = False):
     from sparsedm_compile.recipes.config import load_recipe
     from sparsedm_compile.recipes.data import load_images
     from sparsedm_compile.recipes.workspace import Workspace
@@ -86,7 +89,7 @@ def _open(recipe: str, out: Path, data: Path | None, threads: int | None):
         loaded = load_recipe(recipe)
         set_up(loaded.seed, threads)
         images = load_images(loaded.data, data)
-        return Workspace(loaded, out), images
+        return Workspace(loaded, out, tensorboard=tensorboard), images
 
 
 def _rows(workspace, names: list[str] | None):

@@ -32,7 +32,9 @@ def pretrain_digits(steps: int = 4500, seed: int = 0, progress: bool = True) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m sparsedm_compile.demo.pretrain", description=pretrain_digits.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsedm_compile.demo.pretrain", description=pretrain_digits.__doc__
+    )
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)

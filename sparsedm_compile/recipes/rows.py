@@ -20,6 +20,7 @@ from sparsedm_compile.recipes.config import Recipe, RowConfig, TrainConfig
 from sparsedm_compile.recipes.data import ImageData
 from sparsedm_compile.selection import select_masks
 from sparsedm_compile.sparsify import sparsify
+from sparsedm_compile.training_log import TrainingLog
 
 _CALIBRATION_SAMPLES = 256
 
@@ -38,11 +39,19 @@ class Made:
     notes: dict[str, Any]
 
 
-def train_dense(recipe: Recipe, data: ImageData, *, checkpoint_dir: Path | None = None, progress: bool = True) -> Made:
+def train_dense(
+    recipe: Recipe,
+    data: ImageData,
+    *,
+    checkpoint_dir: Path | None = None,
+    log: TrainingLog | None = None,
+    progress: bool = True,
+) -> Made:
     """Train the dense model of a recipe from random weights.
 
     Args:
         checkpoint_dir: where the run is saved now and then, and resumed from.
+        log: told the figures of each step.
 
     Raises:
         ValueError: the images do not fit the model; see also :func:`pretrain`.
@@ -54,6 +63,7 @@ def train_dense(recipe: Recipe, data: ImageData, *, checkpoint_dir: Path | None 
         **_training(recipe.train),
         seed=recipe.seed,
         checkpoint_dir=checkpoint_dir,
+        log=log,
         progress=progress,
     )
     return Made(model.eval(), record.losses, {})
@@ -84,6 +94,7 @@ def make_row(
     data: ImageData,
     *,
     checkpoint_dir: Path | None = None,
+    log: TrainingLog | None = None,
     progress: bool = True,
 ) -> Made:
     """Make one row from the dense model, which is left as it was.
@@ -127,6 +138,7 @@ def make_row(
             fixed_mask=row.mask == "fixed",
             seed=recipe.seed + 1,
             checkpoint_dir=checkpoint_dir,
+            log=log,
             progress=progress,
         ).losses
     return Made(model.eval(), losses, notes)

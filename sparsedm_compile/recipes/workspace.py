@@ -1,6 +1,5 @@
 """The folder of a recipe's run: what is there already is not made again."""
 
-import csv
 import json
 import os
 import shutil
@@ -22,19 +21,21 @@ from sparsedm_compile.quality.features import (
 from sparsedm_compile.recipes.config import Recipe, RowConfig
 from sparsedm_compile.recipes.data import ImageData
 from sparsedm_compile.recipes.rows import Made, create_model, make_row, train_dense
+from sparsedm_compile.training_log import CsvLog, TensorBoardLog, TrainingLog
 
 
 class Workspace:
     """Checkpoints, logs and scores of one recipe below ``folder``, which is made if it does not exist.
 
     ``dense.safetensors``, ``rows/<row>.safetensors`` (the plan in their metadata), ``<name>.csv`` (the loss of each
-    step), ``<name>.json`` (how it was made), ``classifier.safetensors`` and ``scores/``. A run that was cut off lies in
-    ``<name>.run`` and goes on from there.
+    step; ``<name>.events`` with ``tensorboard``), ``<name>.json`` (how it was made), ``classifier.safetensors`` and
+    ``scores/``. A run that was cut off lies in ``<name>.run`` and goes on from there.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, *, tensorboard: bool = False) -> None:
         self.recipe = recipe
         self.folder = folder
+        self._tensorboard = tensorboard
         for part in ("rows", "scores"):
             (folder / part).mkdir(parents=True, exist_ok=True)
 
@@ -51,7 +52,9 @@ class Workspace:
             return model.eval()
         if not train:
             raise FileNotFoundError(f"{path} does not exist: run 'sparsedm train' with this recipe and folder first")
-        made = train_dense(self.recipe, data, checkpoint_dir=self.folder / "dense.run", progress=progress)
+        made = train_dense(
+            self.recipe, data, checkpoint_dir=self.folder / "dense.run", log=self._log(path), progress=progress
+        )
         self._keep(made, path, self.folder / "dense.run")
         return made.model
 
@@ -70,7 +73,7 @@ class Workspace:
             raise FileNotFoundError(f"{path} does not exist: run 'sparsedm finetune' with this recipe and folder first")
         dense = self.dense(data, train=False)
         run = self.folder / "rows" / f"{row.file}.run"
-        made = make_row(self.recipe, row, dense, data, checkpoint_dir=run, progress=progress)
+        made = make_row(self.recipe, row, dense, data, checkpoint_dir=run, log=self._log(path), progress=progress)
         self._keep(made, path, run, freeze=not row.flexible)
         return made.model
 
@@ -78,11 +81,10 @@ class Workspace:
         """Whether the row was made."""
         return (self.folder / "rows" / f"{row.file}.safetensors").exists()
 
+    def _log(self, path: Path) -> TrainingLog:
+        return TensorBoardLog(path.with_suffix(".events")) if self._tensorboard else CsvLog(path.with_suffix(".csv"))
+
     def _keep(self, made: Made, path: Path, run: Path, freeze: bool = True) -> None:
-        with path.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("step", "loss"))
-            writer.writerows(enumerate(made.losses, start=1))
         write_json(path.with_suffix(".json"), {**made.notes, "steps": len(made.losses), "provenance": provenance()})
         save_sparse(made.model, path, freeze=freeze)  # the row counts as made once this exists
         shutil.rmtree(run, ignore_errors=True)

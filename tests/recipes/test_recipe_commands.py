@@ -125,7 +125,7 @@ def test_flexible_row_keeps_its_dense_weights(made):
 
 def test_logs_and_metadata(made):
     lines = (made.folder / "rows" / "half.csv").read_text().splitlines()
-    assert lines[0] == "step,loss"
+    assert lines[0] == "step,loss,learning_rate"
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2"]
     with safe_open(made.folder / "rows" / "half.safetensors", "pt") as file:
         assert file.metadata()
