@@ -172,8 +172,8 @@ def bench_model(
             raise ValueError(
                 f"bench_model: no layer takes {pattern}: {'; '.join(sorted({row.reason for row in plan}))}"
             )
-        for name in plan.patterns():
-            check_weight(name, modules[name].weight)
+        for layer in plan.patterns():
+            check_weight(layer, modules[layer].weight)
     counted = {pattern: count_macs(model, *inputs, plan=plan, **kwargs) for pattern, plan in plans.items()}
     synchronize = torch.cuda.synchronize if any(p.is_cuda for p in model.parameters()) else None
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm_compile.bench_report.model_results import model_results
 from sparsedm_compile.benchmarking import bench_model
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.sparsify import sparsify
@@ -53,6 +54,23 @@ def test_the_baseline_is_the_faster_dense_compilation(bench):
     _, _, report, _ = bench
     assert list(report.dense_ms) == ["inductor", "inductor, freezing"]
     assert report.baseline == min(report.dense_ms, key=report.dense_ms.get)
+
+
+def test_results_have_a_row_a_pattern_whose_parts_add_up(bench):
+    _, _, report, _ = bench
+    assert report.model == "Net"
+    assert report.attention_ms == 0.0
+    results = model_results(report, "net", "Net, batch 2")
+    assert [row["pattern"] for row in results.rows] == ["2:4", "1:4"]
+    for row, one in zip(results.rows, report.patterns, strict=True):
+        assert row["ratio"] == one.speedup
+        assert row["dense_ms"] == min(report.dense_ms.values())
+        assert sum(row["waterfall"]["dense"].values()) == pytest.approx(row["dense_ms"])
+        assert sum(row["waterfall"]["sparse"].values()) == pytest.approx(row["ms"])
+        saved = sum(one.dense_layer_ms.values()) - sum(one.layer_ms.values())
+        assert row["dense_ms"] - row["explained_ms"] == pytest.approx(saved)
+        assert one.dense_layer_ms["conv"] > 0
+        assert one.dense_layer_ms["linear"] > 0
 
 
 def test_the_model_is_left_as_it_was(bench):
