@@ -82,7 +82,9 @@ def _roofline(new_figure: type, rows: list[Row], peak: dict[str, float], title: 
     low = max(low, 0.1)
     points = [low * (high / low) ** (i / 99) for i in range(100)]
     roof = [min(peak["gflops"], peak["gbytes"] * point) for point in points]
-    axes.plot(points, roof, color="black", label="peak of dense GEMM, and of a copy")
+    axes.plot(
+        points, roof, color="black", label="peak of dense GEMM; of a copy in memory, which layers in cache may exceed"
+    )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOPs on kept weights a byte of weights, input and output")
