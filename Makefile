@@ -1,7 +1,8 @@
 # Each target sets up what it needs in .venv; when that is done already, it costs nothing.
 #   make demo     a pretrained model made 2:4 sparse, fine-tuned, compiled, sampled and timed; some minutes
 #   make test     lint and tests
-#   make bench    kernels and whole models against dense; writes bench/results/
+#   make bench    kernels and whole models against dense, some ten minutes; writes bench/results/ and bench/report/
+#   make bench-full  all of them, and scaling, costs and fidelity; hours
 #   make gpu      what a GPU can show, in nine minutes: right and fast; with the machine's own python3, nothing fetched
 #   make lint     ruff alone
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -P -m
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench bench-full gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -26,8 +27,17 @@ lint: $(INSTALLED)
 	$(RUN) ruff format --check .
 
 bench: $(INSTALLED)
-	$(BIN)/python bench/kernels_cpu.py --seconds 0.5 --json bench/results/kernels_cpu.json
+	$(BIN)/python bench/kernels_cpu.py --minutes 4
+	$(BIN)/python bench/end_to_end.py --quick --seconds 20
+	$(BIN)/sparsedm bench report
+
+bench-full: $(INSTALLED)
+	$(BIN)/python bench/kernels_cpu.py --minutes 120
 	$(BIN)/python bench/end_to_end.py
+	$(BIN)/python bench/end_to_end.py --threads 1 --only uvit-s-2
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/fidelity.py
+	$(BIN)/sparsedm bench report --readme README.md
 
 gpu:
 	$(PYTHON) bench/gpu.py $(GPU_FLAGS)
