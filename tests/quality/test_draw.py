@@ -1,6 +1,8 @@
+import subprocess
+import sys
+
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sparsedm_compile.noise import VPSDE
@@ -40,16 +42,20 @@ def test_every_batch_has_one_size():
     assert set(model.batches) == {4}
 
 
-def _draw_in_process(rank, world, folder):
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    drawn = draw(Blend(), 7, (1, 4, 4), seed=5, steps=3, batch=2, progress=False)
-    torch.save(drawn, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+PROCESS = """
+import sys, torch, torch.distributed as dist
+from sparsedm_compile.quality.draw import draw
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+model = lambda x, time: 0.7 * x.flip(-1)
+torch.save(draw(model, 7, (1, 4, 4), seed=5, steps=3, batch=2, progress=False), f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
 
 
 def test_two_processes_draw_what_one_draws(tmp_path):
-    torch.multiprocessing.spawn(_draw_in_process, (2, str(tmp_path)), nprocs=2)
+    processes = [subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     expected = draw(Blend(), 7, (1, 4, 4), seed=5, steps=3, batch=2, progress=False)
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
