@@ -9,16 +9,18 @@ from sparsedm_compile.passes.insert_masks import insert_masks
 from sparsedm_compile.passes.lowering import Lowering
 from sparsedm_compile.passes.remove_dropout import remove_dropout
 from sparsedm_compile.passes.swap_kernels import swap_kernels
+from sparsedm_compile.passes.swap_training_kernels import swap_training_kernels
 
 _log = logging.getLogger(__name__)
 
-#: In this order. Training stops where the masks are in: they must stay differentiable.
+#: In this order. In training the masks stay in the graph, differentiable.
 PASSES: tuple[Callable[[Lowering], None], ...] = (
     find_layers,
     insert_masks,
     swap_kernels,
     remove_dropout,
     fuse_epilogues,
+    swap_training_kernels,
 )
 _INFERENCE_ONLY = {swap_kernels, remove_dropout, fuse_epilogues}
 

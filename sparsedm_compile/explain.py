@@ -151,7 +151,7 @@ def _explanation(model: nn.Module, calls: list[tuple[CompiledGraph, tuple]]) -> 
             kernel, reason = _NOT_RUN, "no compiled graph used this layer"
         elif info.name in packed:
             kernel, pattern, reason = verdict.kernel, module.pattern, module.reason
-        elif not graph.inference and layer.mask is not None:
+        elif not graph.inference and layer.mask is not None and verdict is None:
             kernel, reason = "dense", "training graph: the mask is fused by Inductor; sparse kernels run under no_grad"
         elif layer.mask is None:
             kernel, reason = (verdict.kernel if verdict else "dense"), why_dense

@@ -19,6 +19,9 @@ class Options:
         policy: which layers that concerns; as in ``sparsify``.
         rules: as in ``sparsify``.
         kernel: ``"auto"`` measures per layer; the name of a kernel, or ``"dense"``, forces it where it can run.
+        train_kernel: what multiplies in the forward of a training graph: ``"dense"``, or ``"cusparselt"`` for masked
+            linear layers that fit into 2:4, in bfloat16 or float16 (weights or autocast) on a GPU. Their weights are
+            compressed at each call; the backward is dense. Not measured on a GPU.
         dump_graphs: a directory; the graph before and after each pass is written there.
         dump_pass: only around the pass of this name.
         inductor: options of Inductor's own, from ``mode`` and from every key that Inductor knows.
@@ -28,11 +31,14 @@ class Options:
     policy: str | LayerPolicy = "default"
     rules: Rules | None = None
     kernel: str = "auto"
+    train_kernel: str = "dense"
     dump_graphs: Path | None = None
     dump_pass: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
+#: Kernels with a training forward.
+TRAIN_KERNELS = ("dense", "cusparselt")
 _OWN = tuple(f.name for f in fields(Options) if f.name != "inductor")
 
 
@@ -40,7 +46,7 @@ def parse_options(options: Mapping[str, Any] | None = None, mode: str | None = N
     """Check and sort the options of ``torch.compile``.
 
     Raises:
-        ValueError: an unknown key (the message names the valid ones), kernel, pass, pattern or policy.
+        ValueError: an unknown key (the message names the valid ones), kernel, training kernel, pass, pattern or policy.
         TypeError: a value of the wrong type.
     """
     # Imported here: passes and kernels stand below the options of the backend but above the package's import.
@@ -77,6 +83,9 @@ def parse_options(options: Mapping[str, Any] | None = None, mode: str | None = N
     kernel = own.get("kernel", "auto")
     if kernel not in ("auto", "dense", *kernel_names()):
         raise ValueError(f"unknown kernel {kernel!r}: one of auto, dense, {', '.join(kernel_names())}")
+    train_kernel = own.get("train_kernel", "dense")
+    if train_kernel not in TRAIN_KERNELS:
+        raise ValueError(f"unknown train_kernel {train_kernel!r}: one of {', '.join(TRAIN_KERNELS)}")
     dump_pass = own.get("dump_pass")
     if dump_pass is not None and dump_pass not in (p.__name__ for p in PASSES):
         raise ValueError(f"unknown pass {dump_pass!r}: one of {', '.join(p.__name__ for p in PASSES)}")

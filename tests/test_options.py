@@ -10,13 +10,17 @@ from sparsedm_compile.pattern import Pattern
 
 def test_defaults():
     assert parse_options() == parse_options({}) == Options()
-    assert Options().kernel == "auto"
+    assert (Options().kernel, Options().train_kernel) == ("auto", "dense")
     assert Options().pattern is None
 
 
 def test_own_options():
     got = parse_options({"pattern": "2:4v4", "policy": "all", "rules": {"a": "dense"}, "kernel": "reference"})
     assert got == Options(Pattern(2, 4, 4), "all", {"a": "dense"}, "reference")
+
+
+def test_the_kernel_of_the_training_forward():
+    assert parse_options({"train-kernel": "cusparselt"}) == Options(train_kernel="cusparselt")
 
 
 def test_dashes_are_underscores(tmp_path):
@@ -53,6 +57,8 @@ def test_options_override_the_mode():
         ({"pattern": "2:4", "policy": "none"}, ValueError, "unknown policy 'none': one of default"),
         ({"kernel": "triton9"}, ValueError, r"unknown kernel 'triton9': one of auto, dense, cpu"),
         ({"kernel": None}, ValueError, "unknown kernel None"),
+        ({"train_kernel": "triton"}, ValueError, r"unknown train_kernel 'triton': one of dense, cusparselt$"),
+        ({"train_kernel": None}, ValueError, "unknown train_kernel None"),
         ({"dump_pass": "swap_kernels"}, ValueError, "'dump_pass' needs 'dump_graphs'"),
         ({"dump_graphs": "x", "dump_pass": "no_pass"}, ValueError, r"unknown pass 'no_pass': one of find_layers"),
         ({"dump_graphs": 3}, TypeError, "int"),

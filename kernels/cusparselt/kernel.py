@@ -10,7 +10,7 @@ from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 from sparsedm_compile.kernels.two_four.compress import carry_refusal, from_matrix, masked_matrix
 
 # cuSPARSELt takes 16-bit dense matrices of multiples of 8; the sparse one must be of multiples of 16.
-_TOKENS = 8
+TOKENS = 8
 _SPARSE = 16
 
 _algorithms = Algorithms()
@@ -62,7 +62,7 @@ class CuSparseLtKernel(Kernel):
         rows, width = spec.weight_shape[:2]
         identity = torch.eye(width, device=values.device).to(values.dtype)
         # Transposed as in a forward, so that the algorithm is one that was checked in this very layout.
-        product = sparse_product(identity, values, rows, None, _TOKENS)
+        product = sparse_product(identity, values, rows, None, TOKENS)
         if product is None:
             raise RuntimeError(
                 f"cuSPARSELt gives no right result for {rows}x{width}x{width} {values.dtype} on this GPU; compile with "
@@ -88,7 +88,7 @@ class CuSparseLtKernel(Kernel):
         """``x (tokens, in) @ W.T + bias -> (tokens, out)``, contiguous."""
         if not len(x):
             return x.new_empty(0, spec.weight_shape[0])
-        out = sparse_product(x, values, spec.weight_shape[0], bias, _TOKENS)
+        out = sparse_product(x, values, spec.weight_shape[0], bias, TOKENS)
         if out is None:
             weight = self.unpack(values, index, spec).reshape(spec.weight_shape[:2])
             return F.linear(x, weight, bias)
