@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from sparsedm_compile.atomic_write import write_atomically
+
 
 class TrainingLog(Protocol):
     """Where the figures of each step go."""
@@ -37,8 +39,12 @@ class CsvLog:
         if self.path.exists():
             with self.path.open(newline="") as file:
                 kept = [line for line in csv.reader(file) if line and line[0].isdigit() and int(line[0]) < step]
-        with self.path.open("w", newline="") as file:
-            csv.writer(file).writerows([["step", *names], *kept])
+
+        def rewrite(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                csv.writer(file).writerows([["step", *names], *kept])
+
+        write_atomically(self.path, rewrite)
 
 
 class TensorBoardLog:

@@ -55,6 +55,21 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     assert len(whole.losses) == 6
 
 
+def test_a_rewrite_that_fails_keeps_every_line(tmp_path, monkeypatch):
+    log = CsvLog(tmp_path / "log.csv")
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+    before = (tmp_path / "log.csv").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="is as it was before"):
+        CsvLog(tmp_path / "log.csv").write(3, {"loss": 2.0})
+    assert (tmp_path / "log.csv").read_bytes() == before
+
+
 def test_a_new_run_starts_the_file_anew(tmp_path):
     (tmp_path / "log.csv").write_text("something else\n1,2\n")
     run(CsvLog(tmp_path / "log.csv"), 1)
