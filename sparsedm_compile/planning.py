@@ -104,11 +104,14 @@ def survey(model: nn.Module) -> tuple[list[LayerInfo], dict[str, str]]:
         All linear and convolution layers in registration order; name -> obstacle.
     """
     layers, obstacles = [], {}
+    unmasked = _unmasked_parameters(model)
     for name, module in named_modules(model):
         if isinstance(module, nn.Linear | _ConvNd):
             kind = next((kind for cls, kind in _KINDS.items() if isinstance(module, cls)), type(module).__name__)
             shape, groups = tuple(module.weight.shape), getattr(module, "groups", 1)
             obstacle = _obstacle(module)
+            if obstacle is None and id(module.weight) in unmasked:
+                obstacle = f"weight shared with {unmasked[id(module.weight)]}, which has no mask"
         elif isinstance(module, nn.MultiheadAttention):
             kind, groups = "MultiheadAttention", 1
             shape = (3 * module.embed_dim, module.embed_dim)
@@ -119,6 +122,16 @@ def survey(model: nn.Module) -> tuple[list[LayerInfo], dict[str, str]]:
         if obstacle:
             obstacles[name] = obstacle
     return layers, obstacles
+
+
+def _unmasked_parameters(model: nn.Module) -> dict[int, str]:
+    """Id of each parameter that is used without a mask -> name and type of a module that holds it."""
+    return {
+        id(parameter): f"{name!r} ({type(module).__name__})"
+        for name, module in named_modules(model)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and (attribute != "weight" or _obstacle(module) is not None)
+    }
 
 
 def _obstacle(module: nn.Module) -> str | None:

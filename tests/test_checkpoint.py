@@ -99,6 +99,15 @@ def test_shared_and_channels_last_weights(tmp_path):
     assert torch.equal(other[0].weight != 0, convolution[0].weight.where(other[0].weight != 0, 0) != 0)
 
 
+def test_an_embedding_tied_to_a_layer_is_not_masked(tmp_path):
+    model = nn.ModuleDict({"tokens": nn.Embedding(16, 16), "out": nn.Linear(16, 16), "other": nn.Linear(16, 16)})
+    model["out"].weight = model["tokens"].weight
+    before = model["tokens"].weight.detach().clone()
+    sparsify(model, "2:4", policy="all")
+    save_sparse(model, tmp_path / "model.safetensors")
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["tokens.weight"], before)
+
+
 class TestErrors:
     def refused(self, model, path, message, error=ValueError):
         before = copy.deepcopy(model.state_dict())

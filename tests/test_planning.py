@@ -70,6 +70,16 @@ def test_reasons(zoo, name, words):
     assert words in layer.reason
 
 
+def test_a_weight_that_is_used_without_a_mask_too_stays_dense():
+    model = nn.ModuleDict({"tokens": nn.Embedding(64, 64), "out": nn.Linear(64, 64), "other": nn.Linear(64, 64)})
+    model["out"].weight = model["tokens"].weight
+    plan = sdm.make_plan(model, "2:4", policy="all")
+    assert list(plan.patterns()) == ["other"]
+    assert plan["out"].reason == "weight shared with 'tokens' (Embedding), which has no mask"
+    with pytest.raises(ValueError, match=r"'out' cannot be 2:4 as its rule demands: weight shared with 'tokens'"):
+        sdm.make_plan(model, "2:4", policy="all", rules={"out": "2:4"})
+
+
 def test_sparse_layers(zoo):
     plan = sdm.make_plan(zoo, "2:4", policy="all")
     assert {name: str(pattern) for name, pattern in plan.patterns().items()} == {
