@@ -1,15 +1,19 @@
 """``sparsedm train``, ``finetune`` and ``quality``: a recipe from data to report."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsedm_compile.cli.common import JsonOption, ThreadsOption, result_only, set_up, show, user_errors
+from sparsedm_compile.cli.common import JsonOption, ThreadsOption, fail, result_only, set_up, show, user_errors
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe, or a path to a .toml file.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the recipe's data files.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of checkpoints, logs and scores; resumed if there.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 TensorBoardOption = Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard in place of CSV.")]
 RowsOption = Annotated[list[str] | None, typer.Option("--row", help="Only this row; repeatable.")]
 
@@ -18,11 +22,12 @@ def train(
     recipe: RecipeArgument,
     out: OutOption,
     data: DataOption = None,
+    device: DeviceOption = "cpu",
     tensorboard: TensorBoardOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Train the dense model of a recipe, or go on where it was stopped."""
-    workspace, images = _open(recipe, out, data, threads, tensorboard)
+    workspace, images = _open(recipe, out, data, threads, device, tensorboard)
     workspace.dense(images, train=True)
     typer.echo(f"{out / 'dense.safetensors'}")
 
@@ -32,11 +37,12 @@ def finetune(
     out: OutOption,
     data: DataOption = None,
     row: RowsOption = None,
+    device: DeviceOption = "cpu",
     tensorboard: TensorBoardOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Make the sparse rows of a recipe from its dense model; rows that are there already are kept."""
-    workspace, images = _open(recipe, out, data, threads, tensorboard)
+    workspace, images = _open(recipe, out, data, threads, device, tensorboard)
     with user_errors():
         rows = _rows(workspace, row)
         workspace.dense(images, train=False)
@@ -54,21 +60,32 @@ def quality(
         int | None, typer.Option("--seeds", min=1, help="Only so many seeds; later calls add more.")
     ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time the rows; run it alone on the machine.")] = False,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge the rows that were made (and --row dense), and write report.json and report.html into the folder."""
-    from sparsedm_compile.quality.evaluate import DENSE_ROW, collect, judge_rows, measure_speed
+    """Judge the rows that were made (and --row dense), and write report.json and report.html into the folder.
+
+    Under torchrun the processes share the work of drawing samples.
+    """
+    from sparsedm_compile.distributed import rank_and_world
+    from sparsedm_compile.quality.evaluate import OutdatedScore, collect, judge_rows, measure_speed
     from sparsedm_compile.quality.report import render_html
+    from sparsedm_compile.recipes.config import DENSE_ROW
     from sparsedm_compile.recipes.workspace import write_json
 
-    workspace, images = _open(recipe, out, data, threads)
-    with result_only(as_json):
+    workspace, images = _open(recipe, out, data, threads, device)
+    with result_only(as_json), _processes():
         with user_errors():
             rows = _rows(workspace, None if row is None else [name for name in row if name != DENSE_ROW])
             workspace.dense(images, train=False)
             made = tuple(one for one in rows if workspace.has(one))
-        judge_rows(workspace, images, made, dense=row is None or DENSE_ROW in row, seeds=seeds)
+        try:
+            judge_rows(workspace, images, made, dense=row is None or DENSE_ROW in row, seeds=seeds)
+        except OutdatedScore as error:
+            raise fail(str(error)) from error
+        if rank_and_world()[0] > 0:
+            return
         if speed:
             measure_speed(workspace, images, made)
         report, samples = collect(workspace, images)
@@ -80,7 +97,7 @@ def quality(
         typer.echo(f"not made yet, hence not in the report: {', '.join(missing)}", err=True)
 
 
-def _open(recipe: str, out: Path, data: Path | None, threads: int | None, tensorboard: bool = False):
+def _open(recipe: str, out: Path, data: Path | None, threads: int | None, device: str, tensorboard: bool = False):
     from sparsedm_compile.recipes.config import load_recipe
     from sparsedm_compile.recipes.data import load_images
     from sparsedm_compile.recipes.workspace import Workspace
@@ -89,8 +106,32 @@ def _open(recipe: str, out: Path, data: Path | None, threads: int | None, tensor
         loaded = load_recipe(recipe)
         set_up(loaded.seed, threads)
         images = load_images(loaded.data, data)
-        return Workspace(loaded, out, tensorboard=tensorboard), images
+        return Workspace(loaded, out, device=_checked(device), tensorboard=tensorboard), images
+
+
+def _checked(device: str):
+    import torch
+
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
 
 def _rows(workspace, names: list[str] | None):
     return workspace.recipe.rows if names is None else tuple(workspace.recipe.row(name) for name in names)
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """The processes that torchrun started, if it did."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

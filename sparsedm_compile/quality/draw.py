@@ -1,10 +1,12 @@
 """Many samples from one model, the same for every model and every number of processes."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sparsedm_compile.distributed import rank_and_world
 from sparsedm_compile.noise import VPSDE
 from sparsedm_compile.sampling import sample
 
@@ -23,9 +25,9 @@ def draw(
 ) -> Tensor:
     """Draw ``count`` images in batches of equal size, so that a compiled model is compiled once.
 
-    Sample ``i`` of ``seed`` starts from the same noise whatever the model, the batch and the number of processes:
-    samples of two models can be laid side by side. Under ``torch.distributed`` each process draws its share, and every
-    one returns them all.
+    Sample ``i`` of ``seed`` starts from the same noise whatever the model and the number of processes (and the batch,
+    but for the fresh noise of ``"euler-maruyama"``): samples of two models can be laid side by side. Under
+    ``torch.distributed`` each process draws every so many batches, and all return the whole.
 
     Args:
         model: as for :func:`sample`; without condition.
@@ -34,26 +36,31 @@ def draw(
         batch: of each call; a last one that is not full is filled up, so that every call has one size.
 
     Returns:
-        float32 ``(count, *shape)``, clamped to [-1, 1].
+        float32 ``(count, *shape)`` on the CPU, clamped to [-1, 1].
 
     Raises:
         ValueError: ``count`` or ``batch`` below 1; see also :func:`sample`.
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-    spread = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
-    mine = noise.tensor_split(world)[rank]
-    fresh = None if solver == "dpm-solver++" else torch.Generator().manual_seed(seed + 1 + rank)
-    drawn = [noise[:0]]
-    for part in tqdm(mine.split(batch), desc="samples", unit="batch", disable=not progress or rank > 0, leave=False):
-        padded = torch.cat([part, noise.new_zeros(batch - len(part), *shape)])
+    rank, world = rank_and_world()
+    mine = list(enumerate(noise.split(batch)))[rank::world]
+    drawn: dict[int, Tensor] = {}
+    for index, part in tqdm(mine, desc="samples", unit="batch", disable=not progress or rank > 0, leave=False):
+        padded = torch.cat([part, part.new_zeros(batch - len(part), *shape)]).to(device)
+        fresh = None if solver == "dpm-solver++" else _fresh_noise(seed, index, device)
         images = sample(model, padded, process=process, solver=solver, steps=steps, clip=1.0, generator=fresh)
-        drawn.append(images[: len(part)].clamp(-1, 1))
-    share = torch.cat(drawn)
-    if not spread:
-        return share
-    shares: list[Tensor] = [share] * world
-    dist.all_gather_object(shares, share)
-    return torch.cat(shares)
+        drawn[index] = images[: len(part)].clamp(-1, 1).cpu()
+    if world > 1:
+        shares: list[dict[int, Tensor]] = [{}] * world
+        dist.all_gather_object(shares, drawn)
+        drawn = {index: images for share in shares for index, images in share.items()}
+    return torch.cat([drawn[index] for index in sorted(drawn)])
+
+
+def _fresh_noise(seed: int, index: int, device: torch.device) -> torch.Generator:
+    """A stream of its own for each batch of each seed: ``seed + index`` would give two seeds the same images."""
+    (mixed,) = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(mixed) >> 1)

@@ -6,20 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsedm_compile.benchmarking import bench_model
+from sparsedm_compile.distributed import on_first_process, rank_and_world
 from sparsedm_compile.layers import layer_pattern, sparse_layers
 from sparsedm_compile.provenance import provenance
 from sparsedm_compile.quality.distances import ReferenceSet
+from sparsedm_compile.quality.features import weights_sha256
 from sparsedm_compile.quality.judge import Score, judge
 from sparsedm_compile.quality.report import QualityReport
-from sparsedm_compile.recipes.config import RowConfig
+from sparsedm_compile.recipes.config import DENSE_ROW, RowConfig
 from sparsedm_compile.recipes.data import ImageData
 from sparsedm_compile.recipes.workspace import Workspace, write_json
 from sparsedm_compile.sparsify import set_pattern
 
-DENSE_ROW = "dense"
+
+class OutdatedScore(ValueError):
+    """A score file is of other settings, weights or features than those at hand."""
 
 
 def judge_rows(
@@ -41,7 +46,7 @@ def judge_rows(
 
     Raises:
         FileNotFoundError: a row was never made.
-        ValueError: a score file of other settings than the recipe's.
+        OutdatedScore: a score file of other settings than the recipe's, of another model or other features.
     """
     quality = workspace.recipe.quality
     wanted = quality.seeds[:seeds]
@@ -50,11 +55,20 @@ def judge_rows(
 
     def score(name: str, file: str, load: Callable[[], nn.Module]) -> None:
         path = _score_file(workspace, file)
-        known = _read_score(path) if path.exists() else None
+        known = on_first_process(lambda: _read_score(path) if path.exists() else None)
+        model = load()
+        if known is not None:
+            now = {
+                "samples": quality.samples,
+                "solver": quality.solver,
+                "steps": quality.steps,
+                "weights_sha256": weights_sha256(model),
+                "features_sha256": reference.extractor.sha256,
+            }
+            _check_same(path, known, now)
         missing = tuple(seed for seed in wanted if known is None or seed not in known.seeds)
         if not missing:
             return
-        model = load()
         result, shown = judge(
             name,
             model,
@@ -68,8 +82,10 @@ def judge_rows(
             pattern=_patterns_of(model),
             progress=progress,
         )
+        if rank_and_world()[0] > 0:
+            return
         if known is None:
-            torch.save(shown, path.with_suffix(".pt"))
+            save_file({"images": shown.contiguous()}, path.with_suffix(".safetensors"))
         else:
             result = known.merged(result)
         write_json(path, {**result.to_dict(), "provenance": provenance()})
@@ -79,6 +95,15 @@ def judge_rows(
     for row in rows:
         for name, file, pattern in _variants(row):
             score(name, file, functools.partial(_load, workspace, row, data, pattern))
+
+
+def _check_same(path: Path, known: Score, now: dict[str, object]) -> None:
+    for name, value in now.items():
+        if getattr(known, name) != value:
+            raise OutdatedScore(
+                f"{path} was judged with {name} = {getattr(known, name)}, and now it is {value}: delete the file to "
+                "judge the row anew, or use another folder"
+            )
 
 
 def _load(workspace: Workspace, row: RowConfig, data: ImageData, pattern: str | None) -> nn.Module:
@@ -117,8 +142,10 @@ def measure_speed(
     Run it alone on the machine. Speed does not depend on how a row was trained, so rows of one pattern share a figure.
     """
     dense = workspace.dense(data, train=False)
-    inputs = data.test[:batch], torch.full((batch,), 500.0)
-    timed: dict[str, dict] = {}
+    inputs = tuple(t.to(workspace.device) for t in (data.test[:batch], torch.full((batch,), 500.0)))
+    path = workspace.folder / "scores" / "speed.json"
+    known = json.loads(path.read_text())["runs"] if path.exists() else []
+    timed: dict[str, dict] = {json.dumps(run["plan"], sort_keys=True): run for run in known}
     for row in rows:
         for name, _, pattern in _variants(row):
             model = _load(workspace, row, data, pattern)
@@ -130,9 +157,10 @@ def measure_speed(
                 report = bench_model(
                     dense, inputs, patterns=["2:4"], policy=row.policy, rules=plan, seconds=seconds, name=name
                 )
-                timed[key] = report.to_dict() | {"names": []}
-            timed[key]["names"].append(name)
-    write_json(workspace.folder / "scores" / "speed.json", {"runs": list(timed.values()), "provenance": provenance()})
+                timed[key] = report.to_dict() | {"plan": plan, "names": []}
+            if name not in timed[key]["names"]:
+                timed[key]["names"].append(name)
+    write_json(path, {"runs": list(timed.values()), "provenance": provenance()})
 
 
 def collect(workspace: Workspace, data: ImageData, *, progress: bool = True) -> tuple[QualityReport, dict[str, Tensor]]:
@@ -140,6 +168,7 @@ def collect(workspace: Workspace, data: ImageData, *, progress: bool = True) -> 
 
     Raises:
         FileNotFoundError: the dense model was not judged.
+        OutdatedScore: rows that were not judged alike.
     """
     features = workspace.features(data, progress=progress)
     scores, samples = [], {}
@@ -152,7 +181,8 @@ def collect(workspace: Workspace, data: ImageData, *, progress: bool = True) -> 
             continue
         sources["scores"] = json.loads(path.read_text())["provenance"]
         scores.append(_read_score(path))
-        samples[scores[-1].name] = torch.load(path.with_suffix(".pt"), weights_only=True)
+        _check_same(path, scores[-1], {"features_sha256": features.sha256, "samples": scores[0].samples})
+        samples[scores[-1].name] = load_file(path.with_suffix(".safetensors"))["images"]
     speedups = {}
     if (speed := workspace.folder / "scores" / "speed.json").exists():
         timed = json.loads(speed.read_text())

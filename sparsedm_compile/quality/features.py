@@ -110,14 +110,19 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     return sum(right) / len(images)
 
 
-def classifier_features(model: Classifier, test: tuple[Tensor, Tensor] | None = None) -> Features:
-    """Wrap a trained classifier; ``test`` is images and labels to report its accuracy on."""
+def weights_sha256(model: nn.Module) -> str:
+    """What tells the weights of one model from another's, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def classifier_features(model: Classifier, test: tuple[Tensor, Tensor] | None = None) -> Features:
+    """Wrap a trained classifier; ``test`` is images and labels to report its accuracy on."""
     score = None if test is None else accuracy(model, *test)
-    return Features("FD-CNN", digest.hexdigest(), model.features, score)
+    return Features("FD-CNN", weights_sha256(model), model.features, score)
 
 
 def save_classifier(model: Classifier, path: Path) -> None:

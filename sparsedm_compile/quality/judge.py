@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsedm_compile.macs import count_macs
 from sparsedm_compile.quality.distances import ReferenceSet
 from sparsedm_compile.quality.draw import draw
+from sparsedm_compile.quality.features import weights_sha256
 from sparsedm_compile.quality.validation import validation_loss
 
 
@@ -26,6 +27,7 @@ class Score:
         validation_loss: see :func:`validation_loss`.
         frechet, kernel: one a seed; see :class:`Distances`.
         samples, solver, steps, seeds: how the samples were drawn.
+        weights_sha256, features_sha256: of the model and of the feature extractor.
         seconds: what judging took.
     """
 
@@ -41,6 +43,8 @@ class Score:
     solver: str
     steps: int
     seeds: tuple[int, ...]
+    weights_sha256: str
+    features_sha256: str
     seconds: float
 
     @property
@@ -58,17 +62,7 @@ class Score:
         return asdict(self)
 
     def merged(self, later: "Score") -> "Score":
-        """This score with the seeds of a later one of the same model added.
-
-        Raises:
-            ValueError: the samples of the two were drawn in another way.
-        """
-        for name in ("name", "pattern", "macs", "samples", "solver", "steps"):
-            if getattr(self, name) != getattr(later, name):
-                raise ValueError(
-                    f"scores of {self.name!r} cannot be merged: {name} is {getattr(self, name)!r} in one and "
-                    f"{getattr(later, name)!r} in the other; delete its score file to judge it anew"
-                )
+        """This score with the seeds of a later one, of the same model judged in the same way, added."""
         added = {name: getattr(self, name) + getattr(later, name) for name in ("frechet", "kernel", "seeds", "seconds")}
         return replace(self, **added)
 
@@ -128,6 +122,8 @@ def judge(
         solver=solver,
         steps=steps,
         seeds=tuple(seeds),
+        weights_sha256=weights_sha256(model),
+        features_sha256=reference.extractor.sha256,
         seconds=time.perf_counter() - start,
     )
     return score, shown

@@ -21,11 +21,13 @@ def validation_loss(model: nn.Module, images: Tensor, *, process: VPSDE | None =
     if len(images) < batch:
         raise ValueError(f"validation_loss needs at least one batch of {batch} images, got {len(images)}")
     process, generator = process or VPSDE(), torch.Generator().manual_seed(0)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     total, count = 0.0, 0
     for clean in images[: len(images) // batch * batch].split(batch):
         t = 1 - (torch.arange(batch) + torch.rand(1, generator=generator)) / batch
         noise = torch.randn(clean.shape, generator=generator)
-        prediction = process.predict_noise(model, process.perturb(clean, t, noise), t)
+        x_t = process.perturb(clean, t, noise)
+        prediction = process.predict_noise(model, x_t.to(device), t.to(device)).cpu()
         total += (prediction.double() - noise).square().sum().item()
         count += noise.numel()
     return total / count

@@ -14,6 +14,8 @@ from sparsedm_compile.pattern import Pattern
 
 #: How masks are trained: see :class:`RowConfig`.
 MASKS = ("sr-ste", "ste", "fixed")
+#: What the dense model is called among the rows.
+DENSE_ROW = "dense"
 SELECTIONS = ("magnitude", "wanda", "sparsegpt")
 
 
@@ -100,6 +102,8 @@ class RowConfig:
                 raise ValueError(f"row {self.name!r}: {name} is {getattr(self, name)!r}; valid are {', '.join(valid)}")
         if not self.name or self.name != self.name.strip() or "/" in self.name:
             raise ValueError(f"row name {self.name!r} must be text that a file can be called by")
+        if self.file == DENSE_ROW:
+            raise ValueError(f"row name {self.name!r} is taken: it stands for the dense model that rows are made of")
         if (self.macs is None) == bool(self.candidates):
             raise ValueError(f"row {self.name!r}: macs and candidates go together")
         if self.flexible and not self.train:

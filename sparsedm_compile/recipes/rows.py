@@ -41,22 +41,23 @@ class Made:
 
 def train_dense(
     recipe: Recipe,
+    model: nn.Module,
     data: ImageData,
     *,
     checkpoint_dir: Path | None = None,
     log: TrainingLog | None = None,
     progress: bool = True,
 ) -> Made:
-    """Train the dense model of a recipe from random weights.
+    """Train the dense model of a recipe in place.
 
     Args:
+        model: from :func:`create_model`, on the device to train on.
         checkpoint_dir: where the run is saved now and then, and resumed from.
         log: told the figures of each step.
 
     Raises:
-        ValueError: the images do not fit the model; see also :func:`pretrain`.
+        ValueError, FloatingPointError: see :func:`pretrain`.
     """
-    model = create_model(recipe, data)
     record = pretrain(
         model,
         _batches(data.train, recipe.train, recipe.seed),
@@ -103,18 +104,20 @@ def make_row(
     row's data in the same order. The teacher is the dense model.
     """
     model = copy.deepcopy(dense)
+    device = next(model.parameters()).device
+    inputs = data.train[:1].to(device), torch.full((1,), 500.0, device=device)
     rules: Mapping[str, str] = row.rules
     notes: dict[str, Any] = {}
     if row.permute:
         report = permute_channels(
-            model, *_inputs(data), pattern=row.pattern, policy=row.policy, rules=row.rules, seed=recipe.seed
+            model, *inputs, pattern=row.pattern, policy=row.policy, rules=row.rules, seed=recipe.seed
         )
         notes["permutation"] = report.to_dict()
     if row.macs is not None:
         budget = plan_for(
             model,
-            _inputs(data),
-            calibration=_calibration(recipe, data),
+            inputs,
+            calibration=_calibration(recipe, data, device),
             macs=row.macs,
             candidates=list(row.candidates),
             policy=row.policy,
@@ -123,7 +126,7 @@ def make_row(
         rules, notes["budget"] = budget.rules, budget.to_dict()
     sparsify(model, row.pattern, policy=row.policy, rules=rules)
     if row.select != "magnitude":
-        notes["selection"] = select_masks(model, _calibration(recipe, data), method=row.select).to_dict()
+        notes["selection"] = select_masks(model, _calibration(recipe, data, device), method=row.select).to_dict()
     losses: list[float] = []
     if row.train:
         teacher = dense if row.teacher else None
@@ -160,10 +163,7 @@ def _batches(images: Tensor, config: TrainConfig, seed: int) -> DataLoader:
     return DataLoader(images, config.batch, shuffle=True, drop_last=True, generator=generator)
 
 
-def _inputs(data: ImageData) -> tuple[Tensor, Tensor]:
-    return data.train[:1], torch.full((1,), 500.0)
-
-
-def _calibration(recipe: Recipe, data: ImageData) -> list[CalibrationBatch]:
+def _calibration(recipe: Recipe, data: ImageData, device: torch.device) -> list[CalibrationBatch]:
     batches = _batches(data.train, recipe.finetune, recipe.seed + 2)
-    return calibration_set(batches, samples=_CALIBRATION_SAMPLES, seed=recipe.seed + 2)
+    made = calibration_set(batches, samples=_CALIBRATION_SAMPLES, seed=recipe.seed + 2)
+    return [CalibrationBatch(tuple(t.to(device) for t in batch.inputs), batch.noise.to(device)) for batch in made]

@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from sparsedm_compile.atomic_write import write_atomically
 from sparsedm_compile.checkpoint import load_sparse, save_sparse
+from sparsedm_compile.distributed import on_first_process
 from sparsedm_compile.models import UViT
 from sparsedm_compile.provenance import provenance
 from sparsedm_compile.quality.features import (
@@ -18,7 +22,7 @@ from sparsedm_compile.quality.features import (
     save_classifier,
     train_classifier,
 )
-from sparsedm_compile.recipes.config import Recipe, RowConfig
+from sparsedm_compile.recipes.config import Recipe, RowConfig, TrainConfig
 from sparsedm_compile.recipes.data import ImageData
 from sparsedm_compile.recipes.rows import Made, create_model, make_row, train_dense
 from sparsedm_compile.training_log import CsvLog, TensorBoardLog, TrainingLog
@@ -32,9 +36,12 @@ class Workspace:
     ``scores/``. A run that was cut off lies in ``<name>.run`` and goes on from there.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, *, tensorboard: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, *, device: torch.device | str = "cpu", tensorboard: bool = False
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.device = torch.device(device)
         self._tensorboard = tensorboard
         for part in ("rows", "scores"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -44,18 +51,17 @@ class Workspace:
 
         Raises:
             FileNotFoundError: it was never trained, and ``train`` is False.
+            ValueError: it was trained by another recipe than this one.
         """
         path = self.folder / "dense.safetensors"
         if path.exists():
-            model = create_model(self.recipe, data)
-            load_sparse(model, path)
-            return model.eval()
+            return self._load(path, data, self._origin(self.recipe.train))
         if not train:
             raise FileNotFoundError(f"{path} does not exist: run 'sparsedm train' with this recipe and folder first")
-        made = train_dense(
-            self.recipe, data, checkpoint_dir=self.folder / "dense.run", log=self._log(path), progress=progress
-        )
-        self._keep(made, path, self.folder / "dense.run")
+        run = self.folder / "dense.run"
+        model = create_model(self.recipe, data).to(self.device)
+        made = train_dense(self.recipe, model, data, checkpoint_dir=run, log=self._log(path), progress=progress)
+        self._keep(made, path, run, self._origin(self.recipe.train))
         return made.model
 
     def row(self, row: RowConfig, data: ImageData, *, make: bool, progress: bool = True) -> nn.Module:
@@ -63,18 +69,18 @@ class Workspace:
 
         Raises:
             FileNotFoundError: it was never made, and ``make`` is False.
+            ValueError: it was made by another recipe than this one.
         """
         path = self.folder / "rows" / f"{row.file}.safetensors"
+        origin = self._origin(self.recipe.finetune, row)
         if path.exists():
-            model = create_model(self.recipe, data)
-            load_sparse(model, path)
-            return model.eval()
+            return self._load(path, data, origin)
         if not make:
             raise FileNotFoundError(f"{path} does not exist: run 'sparsedm finetune' with this recipe and folder first")
         dense = self.dense(data, train=False)
         run = self.folder / "rows" / f"{row.file}.run"
         made = make_row(self.recipe, row, dense, data, checkpoint_dir=run, log=self._log(path), progress=progress)
-        self._keep(made, path, run, freeze=not row.flexible)
+        self._keep(made, path, run, origin, freeze=not row.flexible)
         return made.model
 
     def has(self, row: RowConfig) -> bool:
@@ -84,17 +90,42 @@ class Workspace:
     def _log(self, path: Path) -> TrainingLog:
         return TensorBoardLog(path.with_suffix(".events")) if self._tensorboard else CsvLog(path.with_suffix(".csv"))
 
-    def _keep(self, made: Made, path: Path, run: Path, freeze: bool = True) -> None:
-        write_json(path.with_suffix(".json"), {**made.notes, "steps": len(made.losses), "provenance": provenance()})
+    def _origin(self, training: TrainConfig, row: RowConfig | None = None) -> dict[str, Any]:
+        """What a model depends on, as JSON gives it back."""
+        parts = {"data": asdict(self.recipe.data), "model": dict(self.recipe.model), "seed": self.recipe.seed}
+        parts |= {"training": asdict(training), "row": None if row is None else asdict(row)}
+        return json.loads(json.dumps(parts))
+
+    def _load(self, path: Path, data: ImageData, origin: dict[str, Any]) -> UViT:
+        made = json.loads(path.with_suffix(".json").read_text())["origin"]
+        for part, value in origin.items():
+            if made[part] != value:
+                raise ValueError(
+                    f"{path} was made with {part} = {made[part]}, and the recipe now says {value}: use another folder, "
+                    "or delete the file to make it anew"
+                )
+        model = create_model(self.recipe, data)
+        load_sparse(model, path)
+        return model.to(self.device).eval()
+
+    def _keep(self, made: Made, path: Path, run: Path, origin: dict[str, Any], freeze: bool = True) -> None:
+        notes = {**made.notes, "steps": len(made.losses), "origin": origin, "provenance": provenance()}
+        write_json(path.with_suffix(".json"), notes)
         save_sparse(made.model, path, freeze=freeze)  # the row counts as made once this exists
         shutil.rmtree(run, ignore_errors=True)
 
     def features(self, data: ImageData, *, progress: bool = True) -> Features:
         """The classifier's features, trained at first use on the training images."""
         path = self.folder / "classifier.safetensors"
-        if not path.exists():
+
+        def train() -> None:
+            if path.exists():
+                return
             model = train_classifier(data.train, data.train_labels, seed=self.recipe.seed, progress=progress)
-            save_classifier(model, path)
+            if not path.exists():  # another run on this folder may have been faster; its classifier counts
+                write_atomically(path, lambda partial: save_classifier(model, partial))
+
+        on_first_process(train)
         return classifier_features(load_classifier(path), (data.test, data.test_labels))
 
 

@@ -47,8 +47,12 @@ import sys, torch, torch.distributed as dist
 from sparsedm_compile.quality.draw import draw
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-model = lambda x, time: 0.7 * x.flip(-1)
-torch.save(draw(model, 7, (1, 4, 4), seed=5, steps=3, batch=2, progress=False), f"{folder}/{rank}.pt")
+class Model(torch.nn.Module):
+    def forward(self, x, time):
+        return 0.7 * x.flip(-1)
+for solver in ("dpm-solver++", "euler-maruyama"):
+    drawn = draw(Model(), 7, (1, 4, 4), seed=5, solver=solver, steps=3, batch=2, progress=False)
+    torch.save(drawn, f"{folder}/{solver}-{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -56,9 +60,10 @@ dist.destroy_process_group()
 def test_two_processes_draw_what_one_draws(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(rank)]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    expected = draw(Blend(), 7, (1, 4, 4), seed=5, steps=3, batch=2, progress=False)
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
+    for solver in ("dpm-solver++", "euler-maruyama"):
+        expected = draw(Blend(), 7, (1, 4, 4), seed=5, solver=solver, steps=3, batch=2, progress=False)
+        for rank in range(2):
+            assert torch.equal(torch.load(tmp_path / f"{solver}-{rank}.pt"), expected)
 
 
 def test_stochastic_solver_is_reproducible():
@@ -66,6 +71,17 @@ def test_stochastic_solver_is_reproducible():
         draw(Blend(), 6, (1, 4, 4), seed=1, solver="euler-maruyama", steps=3, batch=3, progress=False) for _ in "ab"
     )
     assert torch.equal(first, again)
+
+
+def test_no_two_batches_or_seeds_share_their_fresh_noise():
+    # Data of one point: after many steps a sample depends on the fresh noise alone.
+    drawn = [
+        draw(Shrink(), 8, (1, 4, 4), seed=seed, solver="euler-maruyama", steps=40, batch=2, progress=False)
+        for seed in range(3)
+    ]
+    flat = torch.cat([images.flatten(1).unflatten(0, (4, 2)).flatten(1) for images in drawn])  # one row a batch
+    correlation = torch.corrcoef(flat) - torch.eye(len(flat))
+    assert correlation.abs().max() < 0.8  # 32 values: chance reaches 0.6, a shared stream 1.0
 
 
 def test_validation_loss_of_the_exact_predictor_is_zero_and_of_none_is_one():

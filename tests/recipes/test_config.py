@@ -57,6 +57,7 @@ def test_values_arrive(tmp_path):
         ("", 'train = false\nflexible = ["dense"]', "is not trained"),
         ("", '[[rows]]\nname = "sparsedm 2:4"', "two rows are called 'sparsedm-2-4'"),
         ("", '[[rows]]\nname = "a/b"', "must be text that a file can be called by"),
+        ("", '[[rows]]\nname = "Dense"', "row name 'Dense' is taken"),
         ("", "[[rows]]", r"rows\[1\] lacks 'name'"),
         ("[surprise]", "", "the recipe has no key 'surprise'"),
         ("[train]", "", "small.toml"),

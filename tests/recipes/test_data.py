@@ -55,6 +55,8 @@ def test_digits_are_split_without_overlap():
     from sklearn import datasets
 
     digits = datasets.load_digits()
+    trained = {image.numpy().tobytes() for image in data.train}
+    assert not any(image.numpy().tobytes() in trained for image in data.test)
     by_pixels = {image.tobytes(): label for image, label in zip(digits.images, digits.target, strict=True)}
     for image, label in zip(data.test[:50], data.test_labels[:50], strict=True):
         assert by_pixels[((image[0].double() + 1) * 8).numpy().tobytes()] == label

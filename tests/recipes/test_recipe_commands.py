@@ -165,6 +165,19 @@ def test_quality_judges_rows_and_writes_the_report(made):
     assert json.loads(again.stdout)["rows"] == report["rows"]
 
 
+def test_what_another_recipe_made_or_judged_is_refused(made, tmp_path):
+    changed = tmp_path / "tiny.toml"
+    changed.write_text(RECIPE.replace("steps = 3", "steps = 4"))
+    result = CliRunner().invoke(app, ["finetune", str(changed), "--out", str(made.folder)])
+    assert result.exit_code == 2
+    assert "was made with training = " in result.output
+    changed.write_text(RECIPE.replace("samples = 40", "samples = 60"))
+    made.succeed("quality", "--row", "dense", "--seeds", "1")
+    result = CliRunner().invoke(app, ["quality", str(changed), "--out", str(made.folder), "--row", "dense"])
+    assert result.exit_code == 2
+    assert "was judged with samples = 40, and now it is 60" in result.output
+
+
 def test_errors(made):
     result = made("finetune", "--row", "nothing")
     assert result.exit_code == 2
@@ -175,3 +188,6 @@ def test_errors(made):
     result = CliRunner().invoke(app, ["train", "fashion-mnist", "--out", str(made.folder)])
     assert result.exit_code == 2
     assert "fashion_mnist_28.npz" in result.output
+    result = made("train", "--device", "tpu")
+    assert result.exit_code == 2
+    assert "device 'tpu' cannot be used" in result.output
