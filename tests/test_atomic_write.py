@@ -28,7 +28,7 @@ def test_a_directory_that_cannot_be_synced_is_no_claim_about_the_old_content(tmp
     path = tmp_path / "file"
     write(path, "old")
     fail_for_directories(monkeypatch, errno.EIO)
-    with pytest.raises(OSError, match="file is written, but after a crash its old content may be back: .*Input/output"):
+    with pytest.raises(OSError, match=r"file is written, but after a crash its old content may be back: .*Input/output"):
         write(path, "new")
     assert path.read_text() == "new"
 
@@ -47,7 +47,7 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
         temporary.write_text("ne")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="could not be written and is as it was before: .*No space left"):
+    with pytest.raises(OSError, match=r"could not be written and is as it was before: .*No space left"):
         write_atomically(path, half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
