@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from sparsedm_compile.atomic_write import write_atomically
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.masked_weight import mask_out
-from sparsedm_compile.model_spec import load_state
+from sparsedm_compile.model_spec import check_state
 from sparsedm_compile.packed_layers import packed_layers
-from sparsedm_compile.plan import LayerInfo, PlanLayer
-from sparsedm_compile.planning import make_plan, unwrap
-from sparsedm_compile.sparsify import get_plan, sparsify
+from sparsedm_compile.plan import LayerInfo, Plan, PlanLayer
+from sparsedm_compile.planning import make_plan, named_modules, unwrap
+from sparsedm_compile.sparsify import check_shared, check_weight, get_plan, sparsify
 
 
 def save_sparse(model: nn.Module, path: Path | str, *, freeze: bool = True) -> None:
@@ -61,7 +61,9 @@ def load_sparse(model: nn.Module, path: Path | str) -> None:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no such file, truncated or changed since; it is of another model, or the model is sparse by
-            another plan. The model is left as it was.
+            another plan; weights that :func:`sparsify` refuses.
+        TypeError: the model's weights are not float32, bfloat16 or float16.
+        In every case the model is left as it was.
     """
     model, path = unwrap(model), Path(path)
     if not path.is_file():
@@ -90,11 +92,23 @@ def load_sparse(model: nn.Module, path: Path | str) -> None:
             )
         plan = {}
     policy, rules = _decisions(plan)
+    check_state(model, tensors, path)
     if plan:
-        make_plan(model, "dense", policy, rules)  # fails where sparsify would, while nothing is changed
-    load_state(model, tensors, path)
+        _check_sparsify(model, make_plan(model, "dense", policy, rules), tensors)
+    model.load_state_dict(tensors)
     if plan:
         sparsify(model, "dense", policy=policy, rules=rules)
+
+
+def _check_sparsify(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Fail where :func:`sparsify` would once ``tensors`` are loaded, while nothing is changed."""
+    modules = dict(named_modules(model))
+    keys = {id(weight): key for key, weight in model.named_parameters(remove_duplicate=False)}
+    for layer in plan:
+        if layer.switchable:
+            weight = modules[layer.name].weight
+            check_weight(layer.name, tensors[keys[id(weight)]].to(weight))
+    check_shared(model, plan)
 
 
 def _planned(layer: PlanLayer) -> dict[str, str | bool]:

@@ -102,6 +102,12 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """``model.load_state_dict``, with the errors of :func:`load_checkpoint` and before anything is loaded."""
+    check_state(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a state dict, read from ``path``, that lacks keys of ``model``, has others, or tensors of other shapes."""
     wanted = model.state_dict()
     for problem, keys in (("lacks", wanted.keys() - state.keys()), ("has unknown", state.keys() - wanted.keys())):
         if keys:
@@ -113,7 +119,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
                 f"{path}: {key!r} has shape {tuple(state[key].shape)}, the model has {tuple(tensor.shape)}; "
                 "choose the model that the checkpoint was made from"
             )
-    model.load_state_dict(state)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def sparsify(
     for layer in plan:
         if layer.switchable:  # dense for now, perhaps: set_pattern may mask it later
             check_weight(layer.name, modules[layer.name].weight)
-    _check_shared(model, plan)
+    check_shared(model, plan)
 
     # Nothing below can fail, so the model changes wholly or not at all. Every layer that the policy selects becomes a
     # sparse type, dense pattern included: a later set_pattern may suit it.
@@ -85,7 +85,8 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"layer {name!r} has weights that are not finite; a magnitude mask needs numbers")
 
 
-def _check_shared(model: nn.Module, plan: Plan) -> None:
+def check_shared(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that gives layers of one weight different patterns."""
     first: dict[int, str] = {}
     modules = dict(named_modules(model))
     for layer in plan:
@@ -151,7 +152,7 @@ def set_pattern(model: nn.Module, pattern: "str | Pattern", *, rules: Rules | No
         if not layer.pattern.is_dense and layer.name not in chosen:
             why = old_reasons.get(layer.name, "it was added later")
             raise ValueError(f"layer {layer.name!r} was left dense by sparsify ({why}); it stays so")
-    _check_shared(model, plan)
+    check_shared(model, plan)
     for name, module in chosen.items():
         module.pattern = str(plan[name].pattern)
     model._sparsedm_plan = plan

@@ -135,6 +135,31 @@ class TestErrors:
     def test_another_model(self, path):
         self.refused(dense(64), path, r"'2\.weight' has shape \(32, 32\), the model has \(64, 32\)")
 
+    def test_dtype(self, path):
+        self.refused(dense().double(), path, r"layer '0' has torch\.float64 weights", TypeError)
+
+    def test_not_finite(self, tmp_path):
+        model = sparse()
+        with torch.no_grad():
+            model[2].weight[3, 5] = torch.nan
+        save_sparse(model, tmp_path / "nan.safetensors", freeze=False)
+        self.refused(dense(), tmp_path / "nan.safetensors", "layer '2' has weights that are not finite")
+
+    def test_beyond_the_models_dtype(self, tmp_path):
+        model = sparse()
+        with torch.no_grad():
+            model[2].weight[3, 5] = 1e30
+        save_sparse(model, tmp_path / "large.safetensors", freeze=False)
+        self.refused(dense().half(), tmp_path / "large.safetensors", "layer '2' has weights that are not finite")
+
+    def test_tied_under_two_patterns(self, tmp_path):
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+        twin = copy.deepcopy(model)
+        twin[2].weight = twin[1].weight
+        sparsify(model, "2:4", policy="all", rules={"2": "1:4"})
+        save_sparse(model, tmp_path / "model.safetensors")
+        self.refused(twin, tmp_path / "model.safetensors", r"'1' \(2:4\) and '2' \(1:4\) share one weight")
+
     def test_another_plan(self, path):
         model = sparse()
         set_pattern(model, "1:4")
