@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sparsedm_compile.distributed import rank_and_world, share_of
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.fixed_mask import FixedMask
-from sparsedm_compile.layers import sparse_layers
+from sparsedm_compile.layers import layer_pattern, sparse_layers
 from sparsedm_compile.noise import VPSDE, NoiseProcess
+from sparsedm_compile.packed_layers import packed_layers
 from sparsedm_compile.pattern import DENSE, Pattern
 from sparsedm_compile.planning import unwrap
 from sparsedm_compile.schedules import DrawnPatterns, PatternSchedule, StagedPatterns
@@ -149,8 +150,8 @@ def finetune(
         Steps, seconds and the loss of each step.
 
     Raises:
-        ValueError: the model is not sparse; the teacher is missing or shares weights with the model; a number out of
-            range; a pattern that no layer takes; options that exclude each other; no data; a checkpoint that is
+        ValueError: the model is not sparse; the teacher is missing, sparse, or shares weights with the model; a number
+            out of range; a pattern that no layer takes; options that exclude each other; no data; a checkpoint that is
             damaged, or of a run with another model, plan or other arguments.
         TypeError: not a module.
         OSError: a checkpoint could not be saved; the one before is intact.
@@ -287,4 +288,11 @@ def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(
             f"teacher shares weights with the model ({shared[0]!r}, {len(shared)} in all) and would be trained too; "
             "make it by copy.deepcopy(model) before sparsify"
+        )
+    sparse = [name for name, layer in sparse_layers(unwrap(teacher)).items() if not layer_pattern(layer).is_dense]
+    sparse += packed_layers(unwrap(teacher))
+    if sparse:
+        raise ValueError(
+            f"teacher is sparse itself ({sparse[0]!r}, {len(sparse)} layers in all): make it by copy.deepcopy(model) "
+            "before sparsify, or call set_pattern(teacher, 'dense')"
         )

@@ -419,6 +419,17 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"teacher must be a torch\.nn\.Module, got str"):
             finetune(student, "teacher", images(), steps=1)
 
+    def test_sparse_teacher(self):
+        student, _ = student_and_teacher()
+        teacher = copy.deepcopy(student)
+        message = (
+            r"teacher is sparse itself \('in_blocks\.0\.attn\.qkv', 12 layers in all\): .*deepcopy\(model\) before"
+        )
+        with pytest.raises(ValueError, match=message):
+            finetune(student, teacher, images(), steps=1)
+        set_pattern(teacher, "dense")
+        assert finetune(student, teacher, images(), steps=1, progress=False).steps == 1
+
     def test_numbers(self):
         student, teacher = student_and_teacher()
         with pytest.raises(ValueError, match="needs a limit"):
