@@ -10,6 +10,7 @@ from torch._inductor import config
 from torch._inductor.utils import get_code
 
 import sparsedm_compile as sdm
+from sparsedm_compile.kernels.cusparselt.kernel import CuSparseLtKernel
 
 triton = pytest.importorskip("triton")
 
@@ -21,9 +22,9 @@ def gpu_code(monkeypatch):
     driver = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, is_active=lambda: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)  # set_active cannot be undone where there is none
 
-    def generate(model, x):
+    def generate(model, x, **options):
         with config.patch(cpu_backend="triton", fx_graph_cache=False):
-            return "".join(get_code(torch.compile(model, backend="sparsedm"), x))
+            return "".join(get_code(torch.compile(model, backend="sparsedm", options=options), x))
 
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield generate
@@ -52,3 +53,19 @@ def test_a_convolution_of_a_channels_last_model(gpu_code):
     code = gpu_code(model, torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last))
     assert len(re.findall(r"triton_\w*masked_weight\w*\.run\(", code)) == 1
     assert "torch.ops.sparsedm" not in code
+
+
+def test_a_forward_through_cusparselt_keeps_the_mask_one_pass(gpu_code, monkeypatch):
+    monkeypatch.setattr(CuSparseLtKernel, "refusal", lambda self, spec: None)
+    model = nn.Sequential(nn.Linear(128, 256, bias=False))
+    sdm.sparsify(model, "2:4", policy="all")
+    with torch.autocast("cpu", torch.bfloat16):
+        code = gpu_code(model, torch.randn(32, 128), train_kernel="cusparselt")
+    launched = re.findall(
+        r"^ +(triton_\w+)_\d+\.run\(|^ +(?:buf\d+ = )?((?:torch|extern)[\w.]+)\(buf", code, re.MULTILINE
+    )
+    assert [kernel or product for kernel, product in launched] == [
+        "triton_poi_fused__to_copy",  # x
+        "triton_poi_fused__to_copy_masked_weight_two_four_linear",  # float32 weight in, masked bfloat16 weight out
+        "torch.ops.sparsedm.two_four_linear.default",
+    ]

@@ -84,11 +84,12 @@ def quality(
             judge_rows(workspace, images, made, dense=row is None or DENSE_ROW in row, seeds=seeds)
         except OutdatedScore as error:
             raise fail(str(error)) from error
-        if rank_and_world()[0] > 0:
-            return
-        if speed:
+        first = rank_and_world()[0] == 0
+        if speed and first:
             measure_speed(workspace, images, made)
-        report, samples = collect(workspace, images)
+        report, samples = collect(workspace, images)  # together: it asks the first process for the classifier
+        if not first:
+            return
         write_json(out / "report.json", report.to_dict())
         (out / "report.html").write_text(render_html(report, samples))
     show(report, as_json)
