@@ -12,6 +12,7 @@ from sparsedm_compile.distributed import rank_and_world, share_of
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.fixed_mask import FixedMask
 from sparsedm_compile.layers import layer_pattern, sparse_layers
+from sparsedm_compile.modes import evaluating
 from sparsedm_compile.noise import VPSDE, NoiseProcess
 from sparsedm_compile.packed_layers import packed_layers
 from sparsedm_compile.pattern import DENSE, Pattern
@@ -203,11 +204,8 @@ def finetune(
     def teach(x_t: Tensor, t: Tensor, condition: Sequence[Tensor]) -> Tensor:
         if teacher is not None:
             return predict(teacher, x_t, t, condition)
-        try:
-            with use_pattern(model, DENSE):
-                return predict(student.eval(), x_t, t, condition)
-        finally:
-            student.train()
+        with evaluating(student), use_pattern(model, DENSE):
+            return predict(student, x_t, t, condition)
 
     def loss(batch: Tensor | Sequence[Tensor]) -> Tensor:
         clean, *condition = (t.to(device) for t in ((batch,) if isinstance(batch, Tensor) else batch))
@@ -234,8 +232,7 @@ def finetune(
     ema = EMA(model, ema_decay, warmup=ema_warmup)
     with ExitStack() as undo:
         if teacher is not None:
-            undo.callback(teacher.train, teacher.training)
-            teacher.eval()
+            undo.enter_context(evaluating(teacher))
         if patterns is not None:
             undo.enter_context(use_pattern(model, patterns(0)))
         rule = FixedMask(optimizer, model) if fixed_mask else SRSTE(optimizer, model, srste_decay)

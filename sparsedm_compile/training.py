@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sparsedm_compile.data_position import RepeatedBatches
 from sparsedm_compile.distributed import mean_over_processes, rank_and_world
 from sparsedm_compile.ema import EMA
+from sparsedm_compile.modes import keeping_modes
 from sparsedm_compile.planning import unwrap
 from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
 from sparsedm_compile.training_log import TrainingLog
@@ -74,7 +75,7 @@ def train(
     over the processes, which save and go on together, and may be another number when they go on.
 
     Args:
-        model: put into training mode for the run, and back into its own after it.
+        model: put into training mode for the run; each of its modules has its own mode back after it.
         optimizer: of the model's parameters; its learning rates are reached by a linear warm-up and then kept.
         loss: ``batch -> scalar``.
         batches: gone through again and again; an iterable that cannot be restarted must last for the whole run.
@@ -126,11 +127,10 @@ def train(
         settings = {"optimizer": type(optimizer).__name__, "warmup_steps": warmup_steps, **(settings or {})}
         checkpoints = TrainingCheckpoints(checkpoint_dir, parts, settings)
         checkpoints.restore()
-    mode = model.training
-    model.train()
     start = time.perf_counter() - record.seconds
     try:
-        with _bar(steps, seconds, description, progress and rank_and_world()[0] == 0) as bar:
+        with keeping_modes(model), _bar(steps, seconds, description, progress and rank_and_world()[0] == 0) as bar:
+            model.train()
             _advance(bar, record, seconds)
             while not _reached(record, steps, seconds):
                 batch = next(data)
@@ -164,7 +164,6 @@ def train(
     finally:
         optimizer.zero_grad(set_to_none=True)
         ema.copy_to(model)
-        model.train(mode)
     return record
 
 

@@ -113,6 +113,7 @@ class TestFinetune:
     def test_teacher_is_not_touched(self):
         student, teacher = student_and_teacher()
         teacher.train()
+        teacher.mid_block.eval()
         before = copy.deepcopy(teacher.state_dict())
         seen = []
         teacher.register_forward_hook(
@@ -123,6 +124,7 @@ class TestFinetune:
         assert all(parameter.grad is None for parameter in teacher.parameters())
         assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
         assert teacher.training
+        assert not teacher.mid_block.mlp.training
 
     def test_ablations(self):
         """Denoising alone never asks the teacher; teacher alone gives loss 0 to a student that equals it."""
@@ -138,17 +140,31 @@ class TestFinetune:
         record = finetune(twin, dense, images(), steps=1, denoising_weight=0, progress=False)
         assert record.losses == [0.0]
 
-    def test_srste_acts_and_is_removed(self):
-        """With the learning signal off (teacher alone, student equal to it) only the decay can move a weight."""
-        moved = {}
-        for decay in (0.0, 2e-4):
-            student, teacher = student_and_teacher()
-            start = student.in_blocks[0].mlp.fc1.weight.detach().clone()
-            finetune(
-                student, teacher, images(), steps=3, srste_decay=decay, ema_decay=0.0, weight_decay=0.0, progress=False
-            )
-            moved[decay] = student.in_blocks[0].mlp.fc1.weight.detach() - start
-        assert not torch.equal(moved[0.0], moved[2e-4])
+    @pytest.mark.parametrize("decay", [0.0, 2e-4])
+    def test_srste_acts_and_is_removed(self, decay, monkeypatch, masked_dense):
+        """Taught by its own masked function alone, a student has no gradient but the decay: AdamW's first step by hand.
+
+        That is ``learning_rate * g / (|g| + eps)`` with ``g = decay * weight`` where the mask drops, and 0 elsewhere.
+        """
+        optimizers = []
+
+        class Observed(torch.optim.AdamW):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                optimizers.append(self)
+
+        monkeypatch.setattr(torch.optim, "AdamW", Observed)
+        student, _ = student_and_teacher()
+        weight = student.in_blocks[0].mlp.fc1.weight
+        start = weight.detach().clone()
+        gradient = decay * start.masked_fill(magnitude_mask(start, "2:4"), 0)
+        options = {"denoising_weight": 0, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0, "ema_decay": 0}
+        finetune(student, masked_dense(student), images(), steps=1, srste_decay=decay, progress=False, **options)
+        torch.testing.assert_close(weight.detach(), start - 1e-3 * gradient / (gradient.abs() + 1e-8))
+
+        weight.grad = torch.zeros_like(weight)
+        optimizers[0].step()
+        assert weight.grad.count_nonzero() == 0
 
     def test_same_seed_same_weights(self):
         results = []

@@ -66,11 +66,12 @@ def test_a_time_limit_ends_the_run():
 
 def test_mode_is_put_back():
     task = Regression()
-    task.model.eval()
+    task.model = nn.Sequential(task.model, nn.Dropout(0.5).eval())
     modes = []
-    task.train(loss=lambda x: (modes.append(task.model.training), task.loss(x))[1], steps=1)
+    task.train(loss=lambda x: (modes.append(task.model[1].training), task.loss(x))[1], steps=1)
     assert modes == [True]
-    assert not task.model.training
+    assert task.model.training
+    assert not task.model[1].training
 
 
 @pytest.mark.parametrize(("poison", "message"), [("loss", "the loss is nan"), ("gradient", "the gradient norm is inf")])

@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparsedm_compile.budget.choices import Choice, layer_choices
-from sparsedm_compile.budget.sensitivity import evaluating
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.choice import batch_bucket, choose
 from sparsedm_compile.kernels.verdicts import Verdict
+from sparsedm_compile.modes import evaluating
 from sparsedm_compile.packed_layers import spec_of
 from sparsedm_compile.pattern import DENSE, Pattern
 from sparsedm_compile.planning import Rules, named_modules, unwrap

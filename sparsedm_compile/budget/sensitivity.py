@@ -1,7 +1,6 @@
 """What each pattern of each layer costs in quality, measured one layer at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from sparsedm_compile.budget.choices import Choice, layer_choices
 from sparsedm_compile.calibration import CalibrationBatch
 from sparsedm_compile.masked_weight import mask_out
+from sparsedm_compile.modes import evaluating
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.planning import Rules, named_modules, unwrap
 from sparsedm_compile.policy import LayerPolicy
@@ -167,15 +167,3 @@ def check_calibration(calibration: Sequence[CalibrationBatch]) -> None:
         raise TypeError("calibration must be a list of CalibrationBatch, as calibration_set(batches) makes it")
     if not calibration:
         raise ValueError("calibration is empty: there is nothing to measure on; see calibration_set(batches)")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; each gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsedm_compile.calibration import CalibrationBatch
+from sparsedm_compile.modes import evaluating
 from sparsedm_compile.selection.matrix import input_rows
 
 # Elements that are unfolded and cast to float64 at a time: 128 MB.
@@ -90,17 +91,13 @@ def output_error(grams: Tensor, weight: Tensor, other: Tensor) -> float:
 @contextlib.contextmanager
 def dense_and_still(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """``model`` in eval mode, uncompiled and with its ``layers`` dense; all is put back, also after an error."""
-    modes = {module: module.training for module in model.modules()}
     patterns = {name: layer.pattern for name, layer in layers.items()}
     try:
-        model.eval()
         for layer in layers.values():
             layer.pattern = "dense"
         # Hooks that are added after Dynamo compiled a part of the model would be passed by.
-        with torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for name, layer in layers.items():
             layer.pattern = patterns[name]
-        for module, mode in modes.items():
-            module.training = mode
