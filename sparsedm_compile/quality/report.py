@@ -46,7 +46,7 @@ class QualityReport(RichText):
         }
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table, a tuple of strings a row; distances are mean ± standard deviation over seeds."""
+        """The table, a tuple of strings a row; distances are mean ± standard deviation over seeds, if several."""
         dense = self.rows[0]
         lines = []
         for row in self.rows:
@@ -58,8 +58,8 @@ class QualityReport(RichText):
                     f"{row.macs / 1e6:.1f} M",
                     f"{row.weight_bytes / 1e6:.2f} MB",
                     f"{row.validation_loss:.4f}",
-                    f"{row.frechet_mean:.3f} ± {row.frechet_spread:.3f}",
-                    f"{100 * (row.frechet_mean / dense.frechet_mean - 1):+.1f}%",
+                    f"{row.frechet_mean:.3f}" + (f" ± {row.frechet_spread:.3f}" if len(row.seeds) > 1 else ""),
+                    "" if row is dense else f"{100 * (_ratio(row, dense) - 1):+.1f}%",
                     f"{sum(row.kernel) / len(row.kernel):.3f}",
                     "" if speed is None else f"{speed[0]:.2f}x",
                 )
@@ -91,6 +91,13 @@ class QualityReport(RichText):
         for cells in self.cells():
             table.add_row(*cells)
         return table
+
+
+def _ratio(row: Score, dense: Score) -> float:
+    """Of the distances, over the seeds that both were judged with: the same noise for both."""
+    common = [seed for seed in row.seeds if seed in dense.seeds]
+    ours, theirs = (sum(dict(zip(s.seeds, s.frechet, strict=True))[seed] for seed in common) for s in (row, dense))
+    return ours / theirs if common else float("nan")
 
 
 def render_html(report: QualityReport, samples: Mapping[str, Tensor]) -> str:
