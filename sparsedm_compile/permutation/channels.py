@@ -99,7 +99,7 @@ class Channels:
             return
         first_times, second_times = _occurrence(first), _occurrence(second)
         if first_times.any() and second_times.any():
-            places = self._places(first)
+            places = self.places(first)
             self.couple(places, second)
             return
         self._couplings.append((first, second))
@@ -110,9 +110,13 @@ class Channels:
         if second_times.any():
             self._cuts.append((first, second_times))
 
-    def _places(self, elements: np.ndarray) -> np.ndarray:
-        """Distinct elements that stand for the places of a list in which some occur twice."""
-        places = self._new("", 0, elements.size)
+    def places(self, elements: np.ndarray) -> np.ndarray:
+        """Distinct elements that stand for the places of an array in which some occur twice.
+
+        Where an element moves to another, its first place moves to the other's first place, in row-major order, and
+        so on.
+        """
+        places = self._new("", 0, elements.size).reshape(elements.shape)
         self.couple(elements, places)
         return places
 
@@ -120,7 +124,7 @@ class Channels:
         """Elements of a row of ``rows`` ``(sets, elements)`` stay in it."""
         elements = rows.ravel()
         if _occurrence(elements).any():
-            elements = self._places(elements)
+            elements = self.places(elements)
         self._cuts.append((elements, np.repeat(np.arange(len(rows)), rows[0].size)))
 
     def block(self, rows: np.ndarray) -> None:

@@ -14,8 +14,8 @@ class Layout:
         shape: of the tensor.
         arrays: each of the tensor's rank, of size 1 where it does not vary; where it has the tensor's size, entry
             ``[i, j]`` is the element (see ``Channels``) that those indices address. No two vary along one dimension.
-            Dimensions along which no array varies keep their order. An element may occur at several places, as in a
-            cat with itself; elements that may trade places occur equally often, because every slice cuts.
+            Dimensions along which no array varies keep their order. No element occurs twice in an array: where a
+            channel stands at several places, as in a cat with itself, each place is an element, coupled to it.
         why: why those dimensions are fixed.
     """
 

@@ -128,7 +128,12 @@ class Propagation:
                 covered = any(array.shape[dim] > 1 for dim in old)
                 source += [layout.shape[dim] if covered else 1 for dim in old]
                 target += [shape[dim] if covered else 1 for dim in new]
-            reshaped.append(np.broadcast_to(array, source).reshape(target))
+            spread = np.broadcast_to(array, source)
+            if spread.size > array.size:
+                # Here the places of a channel lie in the order of the positions it merges with. In a later slice or
+                # transpose they may not, so they are told apart now.
+                spread = self.channels.places(spread)
+            reshaped.append(spread.reshape(target))
         return Layout(tuple(shape), tuple(reshaped), layout.why)
 
     def concatenate(self, parts: Sequence[Layout], dim: int) -> Layout:
@@ -161,6 +166,8 @@ class Propagation:
                     array = self.channels.fixed(int(np.prod(shape)), f"{self.operator} beside channels: {part.why}")
                     array = array.reshape(shape)
                 pieces.append(np.broadcast_to(array, shape))
+            if len(np.unique(np.concatenate([piece.ravel() for piece in pieces]))) < sum(p.size for p in pieces):
+                pieces = [self.channels.places(piece) for piece in pieces]
             arrays = (np.concatenate(pieces, dim), *arrays)
         shape = (*parts[0].shape[:dim], total, *parts[0].shape[dim + 1 :])
         return Layout(shape, arrays, others.why)

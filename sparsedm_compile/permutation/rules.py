@@ -225,7 +225,7 @@ def _batch_norm(graph: Propagation, call: Call) -> Layout:
 def _convolution(graph: Propagation, call: Call) -> Layout | None:
     layout, weight, groups = call["input"], call["weight"], call["groups"]
     dim = len(layout.shape) - len(weight.shape) + 1  # of the channels; 0 where there is no batch
-    if any(len(varying(array)) > 1 or varying(array)[0] > dim for array in layout.arrays):
+    if any(varying(array) != [dim] for array in layout.arrays):
         return None
     if any(len(varying(array)) > 1 for array in weight.arrays):
         return None

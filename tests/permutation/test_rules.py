@@ -250,6 +250,13 @@ PINNED = {
         Net(lambda n, x: n.b(n.a(x)), a=conv(3, 8), b=conv(8, 4, groups=2)),
         IMAGE, "a.weight[0]", "grouped convolution",
     ),
+    "conv over a batch of channels": (
+        Net(
+            lambda n, x: n.b(n.conv(n.a(x[:, 0]).reshape(16, 1, 1)).reshape(2, 8)),
+            a=lin(4, 8), b=lin(8, 4), conv=nn.Conv1d(1, 1, 1),
+        ),
+        TOKENS, "a.weight[0]", "conv1d is not understood",
+    ),
     "kernel": (Net(lambda n, x: n.a(x), a=conv(3, 4)), IMAGE, "a.weight[2]", "kernel positions"),
     "tokens of a position table": (
         Net(lambda n, x: n.b(n.a(x) + n.table), a=lin(4, 8), b=lin(8, 4), table=vector(1, 5, 8)),
