@@ -189,6 +189,8 @@ def _attention(graph: Propagation, call: Call) -> Layout | None:
         return None  # grouped queries
     rank = len(key.shape)
     scores = graph.matmul(query, key.permuted([*range(rank - 2), rank - 1, rank - 2]))
+    if call["is_causal"]:
+        scores = graph.join(scores, Layout(scores.shape[-2:], (), "causal mask"))
     if call["attn_mask"] is not None:
         scores = graph.join(scores, call["attn_mask"])
     return graph.matmul(graph.softmax(scores, -1), value)

@@ -71,6 +71,12 @@ def table(net, x):
     return net.down(net.up(x) * rows[0].unsqueeze(1) + rows[1].unsqueeze(1))
 
 
+def mix(net, x, **options):
+    """Attention among the channels: they are its positions."""
+    x = net.a(x.mT).mT
+    return net.b(F.scaled_dot_product_attention(x, x, x, **options).mT)
+
+
 TOKENS, IMAGE = (2, 5, 4), (2, 3, 6, 6)
 ATTENTION = {"q": lin(4, 8), "k": lin(4, 8), "v": lin(4, 8), "out": lin(8, 4)}
 
@@ -150,6 +156,11 @@ FREE = {
     ),
     "attention values": (Net(attend, **ATTENTION), TOKENS, "out.weight[1]", (8, 8)),
     "attention queries": (Net(attend, **ATTENTION), TOKENS, "q.weight[0]", (8, 8)),
+    "attention among channels": (Net(mix, a=lin(5, 8), b=lin(8, 4)), TOKENS, "b.weight[1]", (8, 8)),
+    "masked attention among channels": (
+        Net(lambda n, x: mix(n, x, attn_mask=n.mask), a=lin(5, 8), b=lin(8, 4), mask=vector(8, 8)),
+        TOKENS, "mask[1]", (8, 8),
+    ),
     "attention by hand": (Net(lambda n, x: attend(n, x, by_hand), **ATTENTION), TOKENS, "out.weight[1]", (8, 8)),
     "attention from one product": (Net(qkv, qkv=lin(4, 24), out=lin(8, 4)), TOKENS, "qkv.weight[0]", (16, 16)),
     "normed heads": (
@@ -256,6 +267,9 @@ PINNED = {
             a=lin(4, 8), b=lin(8, 4), conv=nn.Conv1d(1, 1, 1),
         ),
         TOKENS, "a.weight[0]", "conv1d is not understood",
+    ),
+    "causal attention among channels": (
+        Net(lambda n, x: mix(n, x, is_causal=True), a=lin(5, 8), b=lin(8, 4)), TOKENS, "b.weight[1]", "causal mask",
     ),
     "kernel": (Net(lambda n, x: n.a(x), a=conv(3, 4)), IMAGE, "a.weight[2]", "kernel positions"),
     "tokens of a position table": (
