@@ -93,7 +93,7 @@ def _fixed(value: Any, why: str) -> Any:
 
 
 def _join_all(graph: Propagation, call: Call) -> Layout | None:
-    return graph.join(*call.tensors) if call.tensors else None
+    return graph.join(*call.tensors) if call.tensors and isinstance(call.value, torch.Tensor) else None
 
 
 def _same(_graph: Propagation, call: Call) -> Layout:
@@ -213,14 +213,16 @@ def _per_channel(graph: Propagation, layout: Layout, *vectors: Layout | None) ->
 
 def _group_norm(graph: Propagation, call: Call) -> Layout | None:
     layout, array = call["input"], call["input"].covering(1)
+    if any(len(varying(array)) > 1 for array in layout.arrays):
+        return None
     if array is not None:
-        if varying(array) != [1]:
-            return None
         graph.channels.block(array.reshape(call["num_groups"], -1))
     return _per_channel(graph, layout, call["weight"], call["bias"])
 
 
-def _batch_norm(graph: Propagation, call: Call) -> Layout:
+def _batch_norm(graph: Propagation, call: Call) -> Layout | None:
+    if call["training"] and any(len(varying(array)) > 1 for array in call["input"].arrays):
+        return None
     return _per_channel(graph, *(call[name] for name in ("input", "weight", "bias", "running_mean", "running_var")))
 
 
@@ -256,11 +258,13 @@ def _convolution(graph: Propagation, call: Call) -> Layout | None:
     return Layout(call.shape, tuple(array.reshape(shape) for array in outputs.arrays))
 
 
-def _embedding(graph: Propagation, call: Call) -> Layout:
+def _embedding(graph: Propagation, call: Call) -> Layout | None:
     weight, rank = call["weight"], len(call.shape)
     width = weight.covering(1)
+    if any(len(varying(array)) > 1 for array in weight.arrays):
+        return None
     for array in weight.arrays:
-        if array is not width or varying(array) != [1]:
+        if array is not width:
             graph.channels.pin(array, "rows chosen by an index")
     graph.pin(call["indices"], "used as an index")
     return Layout(call.shape, () if width is None else (width.reshape((1,) * (rank - 1) + width.shape[1:]),))

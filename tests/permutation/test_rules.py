@@ -271,6 +271,31 @@ PINNED = {
     "causal attention among channels": (
         Net(lambda n, x: mix(n, x, is_causal=True), a=lin(5, 8), b=lin(8, 4)), TOKENS, "b.weight[1]", "causal mask",
     ),
+    "group norm over a batch of channels": (
+        Net(
+            lambda n, x: n.b(n.norm(n.a(x[:, 0]).reshape(4, 1, 4)).reshape(2, 8)),
+            a=lin(4, 8), b=lin(8, 4), norm=nn.GroupNorm(1, 1),
+        ),
+        TOKENS, "b.weight[1]", "computed by group_norm",
+    ),
+    "statistics of a batch": (
+        Net(
+            lambda n, x: n.b(n.norm(n.a(x[:, 0]).reshape(2, 4, 2)).reshape(2, 8)),
+            a=lin(4, 8), b=lin(8, 4), norm=nn.BatchNorm1d(4, track_running_stats=False),
+        ),
+        TOKENS, "b.weight[1]", "computed by batch_norm",
+    ),
+    "rows of a table of merged channels": (
+        Net(
+            lambda n, x: n.b(F.embedding((x[..., 0] > 0).long(), n.rows.reshape(4, 4))),
+            b=lin(4, 4), rows=vector(16),
+        ),
+        TOKENS, "rows[0]", "embedding is not understood",
+    ),
+    "two results": (
+        Net(lambda n, x: n.b(torch.frexp(n.a(x)).mantissa), a=lin(4, 8), b=lin(8, 4)),
+        TOKENS, "b.weight[1]", "computed by frexp",
+    ),
     "kernel": (Net(lambda n, x: n.a(x), a=conv(3, 4)), IMAGE, "a.weight[2]", "kernel positions"),
     "tokens of a position table": (
         Net(lambda n, x: n.b(n.a(x) + n.table), a=lin(4, 8), b=lin(8, 4), table=vector(1, 5, 8)),
