@@ -1,7 +1,7 @@
 """Fine-tuning a sparsified diffusion model with its dense original as teacher: the method of SparseDM."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -135,7 +135,8 @@ def finetune(
         patterns: None trains the plan that the model has. A sequence is drawn from at each step, see
             :class:`DrawnPatterns`; the plan comes back afterwards. :class:`StagedPatterns` is progressive; the model
             is left at its last pattern. Every layer that ``sparsify`` selected takes the pattern of the step.
-        fixed_mask: hold the first masks, see :class:`FixedMask`, in place of SR-STE; what they drop is lost at once.
+        fixed_mask: hold the first masks, see :class:`FixedMask`, in place of SR-STE; what they drop is lost from step 1
+            on.
         srste_decay: see :class:`SRSTE`; 0 is the plain straight-through estimator.
         learning_rate, weight_decay: of AdamW.
         ema_decay, ema_warmup: see :class:`EMA`.
@@ -172,7 +173,7 @@ def finetune(
         _check_teacher(model, teacher)
     if amp not in (None, "bfloat16", "float16"):
         raise ValueError(f"amp must be 'bfloat16', 'float16' or None, got {amp!r}")
-    check_limits(steps, seconds, warmup_steps, max_grad_norm)
+    check_limits(steps, seconds, warmup_steps, max_grad_norm, checkpoint_every)
     process = process or VPSDE()
     settings = {
         "plan": {name: layer.pattern for name, layer in layers.items()},
@@ -184,7 +185,6 @@ def finetune(
         "srste_decay": srste_decay,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
         "ema_decay": ema_decay,
         "ema_warmup": ema_warmup,
         "amp": amp,
@@ -235,10 +235,11 @@ def finetune(
             undo.enter_context(evaluating(teacher))
         if patterns is not None:
             undo.enter_context(use_pattern(model, patterns(0)))
-        rule = FixedMask(optimizer, model) if fixed_mask else SRSTE(optimizer, model, srste_decay)
-        undo.callback(rule.remove)
         if fixed_mask:
-            ema.restart(model)  # not from the weights that were just dropped
+            rule = undo.enter_context(_fixed_mask(optimizer, model, ema))
+        else:
+            rule = SRSTE(optimizer, model, srste_decay)
+            undo.callback(rule.remove)
         record = train(
             model,
             optimizer,
@@ -262,6 +263,25 @@ def finetune(
     if isinstance(patterns, StagedPatterns):
         set_pattern(model, patterns(record.steps - 1))
     return record
+
+
+@contextmanager
+def _fixed_mask(optimizer: torch.optim.Optimizer, model: nn.Module, ema: EMA) -> Iterator[FixedMask]:
+    """:class:`FixedMask` for the block. What it drops comes back if the block fails before ``ema`` saw a step."""
+    weights = [layer.weight for layer in sparse_layers(unwrap(model)).values()]
+    dense = [weight.detach().clone() for weight in weights]
+    rule = FixedMask(optimizer, model)
+    ema.restart(model)  # not from the weights that were just dropped
+    try:
+        yield rule
+    except BaseException:
+        if ema.updates == 0:
+            with torch.no_grad():
+                for weight, before in zip(weights, dense, strict=True):
+                    weight.copy_(before)
+        raise
+    finally:
+        rule.remove()
 
 
 def _check_patterns(patterns: PatternSchedule | None, layers: Mapping[str, nn.Module], fixed_mask: bool) -> None:

@@ -90,7 +90,8 @@ def train(
         checkpoint_dir: the whole state of the run is saved here, and a run that finds one goes on from it, on a CPU bit
             for bit as if it had never stopped. It needs the same arguments but for ``steps`` and ``seconds``, which
             count from the first start, the same model with any weights, and batches as :class:`RepeatedBatches` says;
-            randomness of other sources than torch's default generators belongs into ``stateful``.
+            randomness of other sources than torch's default generators belongs into ``stateful``. A run folder must be
+            trusted as code is: torch.distributed.checkpoint, which writes it under FSDP2, unpickles its metadata.
         checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
         stateful: what else changes during the run and is saved with it: objects with ``state_dict`` and
             ``load_state_dict``, or torch Generators that ``loss`` draws from.
@@ -106,9 +107,7 @@ def train(
         FloatingPointError: the loss or its gradient is not finite; the message names the step. The last checkpoint
             stays.
     """
-    check_limits(steps, seconds, warmup_steps, max_grad_norm)
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
+    check_limits(steps, seconds, warmup_steps, max_grad_norm, checkpoint_every)
     device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     record, data = TrainingRecord(), RepeatedBatches(batches)
@@ -124,7 +123,8 @@ def train(
         }
         parts |= {"ema": ema, "record": record, **(stateful or {})}
         parts["random"] = RandomState(device)  # last: the data draws while it is restored
-        settings = {"optimizer": type(optimizer).__name__, "warmup_steps": warmup_steps, **(settings or {})}
+        own = {"optimizer": type(optimizer).__name__, "warmup_steps": warmup_steps, "max_grad_norm": max_grad_norm}
+        settings = {**own, **(settings or {})}
         checkpoints = TrainingCheckpoints(checkpoint_dir, parts, settings)
         checkpoints.restore()
     start = time.perf_counter() - record.seconds
@@ -171,7 +171,9 @@ def _reached(record: TrainingRecord, steps: int | None, seconds: float | None) -
     return (steps is not None and record.steps >= steps) or (seconds is not None and record.seconds >= seconds)
 
 
-def check_limits(steps: int | None, seconds: float | None, warmup_steps: int, max_grad_norm: float) -> None:
+def check_limits(
+    steps: int | None, seconds: float | None, warmup_steps: int, max_grad_norm: float, checkpoint_every: int
+) -> None:
     """Refuse, with a ValueError, limits that are missing or not positive."""
     if steps is None and seconds is None:
         raise ValueError("training needs a limit: pass steps=..., seconds=..., or both")
@@ -183,6 +185,8 @@ def check_limits(steps: int | None, seconds: float | None, warmup_steps: int, ma
         raise ValueError(f"warmup_steps must be 0 or more, got {warmup_steps}")
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive (math.inf for no clipping), got {max_grad_norm}")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
 
 
 def _check_finite(

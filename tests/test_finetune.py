@@ -245,6 +245,23 @@ class TestFixedMask:
         for name, layer in sparse_layers(student).items():
             assert torch.equal(layer.weight != 0, start[name])
 
+    @pytest.mark.parametrize(
+        ("data", "options", "message"),
+        [
+            ([], {}, "batches is empty"),
+            (images(), {"checkpoint_every": 0}, "checkpoint_every must be at least 1 step, got 0"),
+            (images(), {"checkpoint_dir": "damaged"}, r"manifest\.json is damaged"),
+        ],
+    )
+    def test_an_error_before_the_first_step_loses_no_weight(self, data, options, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "damaged").mkdir()
+        (tmp_path / "damaged" / "manifest.json").write_text("")
+        student, teacher = student_and_teacher()
+        with pytest.raises(ValueError, match=message):
+            finetune(student, teacher, data, steps=1, fixed_mask=True, progress=False, **options)
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+
     def test_excludes_patterns(self):
         student, teacher = student_and_teacher()
         with pytest.raises(ValueError, match="fixed_mask=True holds one mask and patterns change it"):

@@ -223,6 +223,17 @@ class TestOfAnotherRun:
         with pytest.raises(ValueError, match=rf"a run with {name} = .*, and this one has {value}: go on as that run"):
             run(tmp_path, **option)
 
+    def test_clipping_of_any_loop(self, tmp_path):
+        def start(norm):
+            model = nn.Linear(4, 4)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            options = {"ema": EMA(model), "steps": 1, "checkpoint_dir": tmp_path, "progress": False}
+            train(model, optimizer, lambda x: model(x).sum(), [torch.ones(1, 4)], max_grad_norm=norm, **options)
+
+        start(1.0)
+        with pytest.raises(ValueError, match=r"a run with max_grad_norm = 1\.0, and this one has 2\.0"):
+            start(2.0)
+
     def test_every(self):
         with pytest.raises(ValueError, match="checkpoint_every must be at least 1 step, got 0"):
             run(steps=1, checkpoint_every=0)
