@@ -136,6 +136,23 @@ FREE = {
         Net(lambda n, x: n.b((h := n.a(x))[..., :4]) + n.c(h[..., 4:]), a=lin(4, 8), b=lin(4, 4), c=lin(4, 4)),
         TOKENS, "a.weight[0]", (8, 8),
     ),
+    "slice across tokens": (
+        Net(lambda n, x: n.b(n.a(x).flatten(1)[:, 4:12]), a=lin(4, 8), b=lin(8, 4)), TOKENS, "a.weight[0]", (8, 8),
+    ),
+    "transposed across tokens": (
+        Net(
+            lambda n, x: n.b(n.a(x).flatten(1).unflatten(1, (3, 10)).transpose(1, 2).flatten(1)),
+            a=lin(4, 6), b=lin(30, 4),
+        ),
+        TOKENS, "a.weight[0]", (6, 6),
+    ),
+    "slice across a cat with itself": (
+        Net(
+            lambda n, x: n.b((torch.cat([h := n.a(x), h], -1) * n.scale)[..., 4:12]),
+            a=lin(4, 8), b=lin(8, 4), scale=vector(16),
+        ),
+        TOKENS, "a.weight[0]", (8, 8),
+    ),
     "one channel picked": (
         Net(lambda n, x: n.b(h := n.a(x)) * h[..., 3].unsqueeze(-1), a=lin(4, 8), b=lin(8, 4)),
         TOKENS, "b.weight[1]", (8, 7),
