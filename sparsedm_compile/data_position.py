@@ -26,7 +26,7 @@ class RepeatedBatches(Iterator[Any]):
         self._iterator: Iterator[Any] = iter(())
         self._passes = 0
         self._taken = 0
-        self._start: list[torch.Tensor] = []
+        self._start = [generator.get_state() for generator in self._generators()]
 
     def __next__(self) -> Any:
         """The next batch.
@@ -50,7 +50,7 @@ class RepeatedBatches(Iterator[Any]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Passes begun, batches taken in this one, and the generators' states at its start."""
+        """Passes begun, batches taken in this one, and the generators' states at its start (or at construction)."""
         return {"passes": self._passes, "taken": self._taken, "start": list(self._start)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -59,8 +59,6 @@ class RepeatedBatches(Iterator[Any]):
         Raises:
             ValueError: the data ends before it, or the loader has other generators.
         """
-        if not state["passes"]:
-            return
         generators = self._generators()
         if len(generators) != len(state["start"]):
             raise ValueError(
@@ -69,6 +67,9 @@ class RepeatedBatches(Iterator[Any]):
             )
         for generator, start in zip(generators, state["start"], strict=True):
             generator.set_state(start)
+        self._iterator, self._passes, self._taken, self._start = iter(()), 0, 0, list(state["start"])
+        if not state["passes"]:
+            return
         self._passes = state["passes"] - 1
         self._begin_pass()
         for _ in range(state["taken"]):

@@ -1,5 +1,6 @@
 """A training loop for diffusion models: warm-up, clipping, averaged weights, progress, a stop before bad weights."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -18,9 +20,11 @@ from sparsedm_compile.data_position import RepeatedBatches
 from sparsedm_compile.distributed import mean_over_processes, rank_and_world
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.modes import keeping_modes
-from sparsedm_compile.planning import unwrap
+from sparsedm_compile.planning import named_modules, unwrap
 from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
 from sparsedm_compile.training_log import TrainingLog
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,11 +91,14 @@ def train(
         before_step: called with the number of each step, from 0, before its loss is asked for.
         scaler: of the loss, for float16. A step whose gradients overflow is left out and the scale lowered; that is an
             error only where the scale is 1 or less already.
-        checkpoint_dir: the whole state of the run is saved here, and a run that finds one goes on from it, on a CPU bit
-            for bit as if it had never stopped. It needs the same arguments but for ``steps`` and ``seconds``, which
-            count from the first start, the same model with any weights, and batches as :class:`RepeatedBatches` says;
-            randomness of other sources than torch's default generators belongs into ``stateful``. A run folder must be
-            trusted as code is: torch.distributed.checkpoint, which writes it under FSDP2, unpickles its metadata.
+        checkpoint_dir: the whole state of the run is saved here, and a run that finds one goes on from it, one process
+            on a CPU bit for bit as if it had never stopped. Of several processes, the data's position and the random
+            state of the first are saved, and serve all: the losses go on alike, up to rounding, if the order of the
+            data is drawn alike in every process and the model draws nothing (no dropout). It needs the same arguments
+            but for ``steps`` and ``seconds``, which count from the first start, the same model with any weights, and
+            batches as :class:`RepeatedBatches` says; randomness of other sources than torch's default generators
+            belongs into ``stateful``. A run folder must be trusted as code is: torch.distributed.checkpoint, which
+            writes it under FSDP2, unpickles its metadata.
         checkpoint_every: steps from one checkpoint to the next; there is one at the end too.
         stateful: what else changes during the run and is saved with it: objects with ``state_dict`` and
             ``load_state_dict``, or torch Generators that ``loss`` draws from.
@@ -122,11 +129,14 @@ def train(
             "model": unwrap(model),
         }
         parts |= {"ema": ema, "record": record, **(stateful or {})}
-        parts["random"] = RandomState(device)  # last: the data draws while it is restored
+        random = RandomState(device)
+        parts["random"] = random  # last: the data draws while it is restored
         own = {"optimizer": type(optimizer).__name__, "warmup_steps": warmup_steps, "max_grad_norm": max_grad_norm}
         settings = {**own, **(settings or {})}
         checkpoints = TrainingCheckpoints(checkpoint_dir, parts, settings)
-        checkpoints.restore()
+        if checkpoints.restore() and rank_and_world()[1] > 1:
+            random.differ_by_process()
+            _warn_of_dropout(model)
     start = time.perf_counter() - record.seconds
     try:
         with keeping_modes(model), _bar(steps, seconds, description, progress and rank_and_world()[0] == 0) as bar:
@@ -165,6 +175,18 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         ema.copy_to(model)
     return record
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    for name, module in named_modules(unwrap(model)):
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            logger.warning(
+                "several processes go on with dropout (%r, p = %g): the random state of the first alone was saved, so "
+                "what is dropped from here on is not what a run without the interruption would drop",
+                name,
+                module.p,
+            )
+            return
 
 
 def _reached(record: TrainingRecord, steps: int | None, seconds: float | None) -> bool:

@@ -1,10 +1,12 @@
 """Saving a training run so that it can be killed at any moment, and going on from there bit for bit."""
 
+import copy
 import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +89,9 @@ class TrainingCheckpoints:
             Whether there was one.
 
         Raises:
-            ValueError: the checkpoint is damaged, or one of another model, plan or other settings. The parts are as
-                they were.
+            ValueError: the checkpoint is damaged, or one of another model, dtype, plan or other settings.
+            Exception: what a part raises that cannot load its state.
+            In every case the parts are as they were; but batches that came from a generator are gone.
         """
         path = on_first_process(self._verified)
         if path is None:
@@ -108,14 +111,25 @@ class TrainingCheckpoints:
         self._check_parts(trees, shapes)
         tensors = read_tensors(path, shapes, self._places(shapes).get)
         states = {name: _join(tree, lambda name, *_: tensors[name]) for name, tree in trees.items()}
-        for name, part in self._parts.items():
-            if isinstance(part, torch.Generator):
-                part.set_state(states[name])
-            else:
-                part.load_state_dict(states[name])
+        before = {name: copy.deepcopy(_state_of(part)) for name, part in self._parts.items()}
+        try:
+            for name in self._parts:
+                self._load(name, states[name])
+        except BaseException:
+            for name in self._parts:
+                with suppress(Exception):  # the part that cannot load may not load this either
+                    self._load(name, before[name])
+            raise
         self.step = int(metadata["step"])
         logger.info("going on from step %d of %s", self.step, self.directory)
         return True
+
+    def _load(self, name: str, state: Any) -> None:
+        part = self._parts[name]
+        if isinstance(part, torch.Generator):
+            part.set_state(state)
+        else:
+            part.load_state_dict(state)
 
     def _verified(self) -> Path | None:
         manifest_path = self.directory / _MANIFEST
@@ -143,15 +157,28 @@ class TrainingCheckpoints:
                 f"{self.directory} holds a run with the parts {', '.join(trees)}, and this one has "
                 f"{', '.join(self._parts)}: go on as that run began, or choose another directory"
             )
-        theirs = {name: tuple(shape) for name, (shape, _) in shapes.items() if name.startswith("model/")}
-        ours = {f"model/{name}": tuple(tensor.shape) for name, tensor in self._parts["model"].state_dict().items()}
+        theirs = {name: (tuple(shape), dtype) for name, (shape, dtype) in shapes.items() if name.startswith("model/")}
+        ours = {
+            f"model/{name}": (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._parts["model"].state_dict().items()
+        }
         for name in sorted(ours.keys() | theirs.keys()):
-            there, here = theirs.get(name, "no shape"), ours.get(name, "no shape")
-            if there != here:
-                name = name.removeprefix("model/")
-                raise ValueError(
-                    f"{self.directory} holds a run of another model: {name!r} has {there} there and {here} here"
-                )
+            missing = ("no shape", "no dtype")
+            for there, here in zip(theirs.get(name, missing), ours.get(name, missing), strict=True):
+                if there != here:
+                    name = name.removeprefix("model/")
+                    raise ValueError(
+                        f"{self.directory} holds a run of another model: {name!r} has {there} there and {here} here"
+                    )
+        for name, part in self._parts.items():
+            if isinstance(part, torch.Generator):  # the states of each kind of device have a size of their own
+                theirs, ours = shapes[name][0], list(part.get_state().shape)
+                if theirs != ours:
+                    raise ValueError(
+                        f"{self.directory} holds a run whose generator {name!r} was on another kind of device than "
+                        f"{part.device.type} (a state of {theirs[0]} bytes there, {ours[0]} here): go on where that "
+                        "run began, or choose another directory"
+                    )
 
     def _places(self, shapes: Mapping[str, tuple[list[int], str]]) -> dict[str, Tensor]:
         """Name -> a DTensor that is spread over the processes as the tensor of that name must be."""
@@ -226,13 +253,13 @@ class RandomState:
         return states
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Set them; a state of a device that this run does not use is left out.
-
-        There is one for all processes. Those after the first take seeds drawn from it, lest all drop out alike.
-        """
+        """Set them; a state of a device that this run does not use is left out."""
         torch.set_rng_state(state["cpu"])
         if self._device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self._device)
+
+    def differ_by_process(self) -> None:
+        """Draw a seed in each process after the first, lest all drop out alike: one state was saved for them all."""
         rank, _ = rank_and_world()
         if rank > 0:
             torch.manual_seed(int(torch.randint(2**62, ())) + rank)

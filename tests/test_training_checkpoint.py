@@ -11,10 +11,12 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
+from sparsedm_compile.data_position import RepeatedBatches
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.finetune import finetune
 from sparsedm_compile.sparsify import set_pattern, sparsify
 from sparsedm_compile.training import train
+from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +203,57 @@ class TestDamage:
         )
 
 
+class OnGPU:
+    """Saves what a CUDA generator does: a state of 16 bytes."""
+
+    def state_dict(self):
+        return torch.zeros(16, dtype=torch.uint8)
+
+
+class Stubborn:
+    """Part of a run that saves, and cannot go on."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        raise RuntimeError("stubborn")
+
+
+def test_a_part_that_cannot_go_on_leaves_the_others_as_they_were(tmp_path):
+    def parts(seed):
+        torch.manual_seed(seed)
+        model, loader = nn.Linear(16, 16), batches()
+        loader.generator.manual_seed(seed)
+        optimizer, noise = torch.optim.Adam(model.parameters()), torch.Generator().manual_seed(seed)
+        parts = {"data": RepeatedBatches(loader), "optimizer": optimizer, "model": model, "ema": EMA(model)}
+        parts |= {"noise": noise, "stubborn": Stubborn(), "random": RandomState(torch.device("cpu"))}
+        return parts, loader.generator
+
+    def state(parts, generator):
+        tensors = [*parts["model"].parameters(), *parts["ema"].shadow.values(), parts["noise"].get_state()]
+        return [tensor.detach().clone() for tensor in (*tensors, generator.get_state(), torch.get_rng_state())]
+
+    saved, _ = parts(1)
+    saved["model"](next(saved["data"]).flatten(1)).sum().backward()
+    saved["optimizer"].step()
+    TrainingCheckpoints(tmp_path, saved, {}).save(1)
+    fresh, generator = parts(2)
+    before = state(fresh, generator)
+    with pytest.raises(RuntimeError, match="stubborn"):
+        TrainingCheckpoints(tmp_path, fresh, {}).restore()
+    assert all(map(torch.equal, before, state(fresh, generator)))
+    assert not fresh["optimizer"].state
+
+
+def test_several_processes_are_warned_of_dropout(tmp_path, monkeypatch, caplog):
+    run(tmp_path, 3)
+    assert "dropout" not in caplog.text
+    monkeypatch.setattr("sparsedm_compile.training.rank_and_world", lambda: (0, 2))
+    run(tmp_path, 6)
+    assert "several processes go on with dropout ('drop', p = 0.2): the random state of the first alone" in caplog.text
+
+
 class TestOfAnotherRun:
     def test_plan(self, tmp_path):
         run(tmp_path, 3)
@@ -222,6 +275,20 @@ class TestOfAnotherRun:
         ((name, value),) = option.items()
         with pytest.raises(ValueError, match=rf"a run with {name} = .*, and this one has {value}: go on as that run"):
             run(tmp_path, **option)
+
+    def test_dtype(self, tmp_path):
+        run(tmp_path, 3)
+        student, _ = pair()
+        with pytest.raises(ValueError, match=r"another model: 'into\.bias' has float32 there and bfloat16 here"):
+            run(tmp_path, student=student.bfloat16())
+
+    def test_kind_of_generator(self, tmp_path):
+        TrainingCheckpoints(tmp_path, {"model": nn.Linear(2, 2), "noise": OnGPU()}, {}).save(1)
+        model = nn.Linear(2, 2)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"generator 'noise' was on another kind of device than cpu \(.* 16 bytes"):
+            TrainingCheckpoints(tmp_path, {"model": model, "noise": torch.Generator()}, {}).restore()
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
     def test_clipping_of_any_loop(self, tmp_path):
         def start(norm):
