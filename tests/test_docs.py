@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,9 +30,17 @@ def test_paths_exist():
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if " -k " in command])
 def test_selected_tests_exist(command):
-    arguments = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", *shlex.split(command)]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout  # 5 where nothing matches
+    *paths, _, expression = shlex.split(command)
+    files = [
+        file
+        for path in paths
+        for file in ((ROOT / path).rglob("test_*.py") if (ROOT / path).is_dir() else [ROOT / path])
+    ]
+    names = re.findall(
+        r"^ *(?:def|class) (test\w*)", "\n".join(file.read_text() for file in files), re.MULTILINE | re.I
+    )
+    for word in expression.split(" or "):
+        assert any(word.lower() in name.lower() for name in names), word
 
 
 QUALITY = (ROOT / "docs" / "quality.md").read_text()

@@ -51,6 +51,7 @@ def judge_rows(
     quality = workspace.recipe.quality
     wanted = quality.seeds[:seeds]
     reference = ReferenceSet(workspace.features(data, progress=progress), data.test)
+    (workspace.folder / "scores").mkdir(exist_ok=True)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # every pattern is a graph
 
     def score(name: str, file: str, load: Callable[[], nn.Module]) -> None:

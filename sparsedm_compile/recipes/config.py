@@ -170,9 +170,8 @@ class Recipe:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise ValueError(
-            f"recipe {self.name!r} has no row {name!r}; rows are {', '.join(row.name for row in self.rows)}"
-        )
+        names = ", ".join(repr(row.name) for row in self.rows)
+        raise ValueError(f"recipe {self.name!r} has no row {name!r}; rows are {names}")
 
 
 _PARTS = {"data": DataConfig, "train": TrainConfig, "finetune": TrainConfig, "quality": QualityConfig}

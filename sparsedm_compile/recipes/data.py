@@ -41,7 +41,7 @@ def load_images(config: DataConfig, folder: Path | None) -> ImageData:
     if "{split}" in config.file:
         splits = [_jpeg(folder / config.file.replace("{split}", split)) for split in ("train", "test")]
     else:
-        path = folder / config.file
+        path = _existing(folder / config.file)
         with np.load(path) as arrays:
             missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
             if missing:
@@ -57,10 +57,19 @@ def _digits() -> ImageData:
     return ImageData(*load_labelled_digits())
 
 
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: it must be an npz with x_train, y_train, x_test, y_test (uint8 images), or one of "
+            "a pair *_train.npz and *_test.npz of JPEG images (jpeg, offsets, labels); see docs/quality.md"
+        )
+    return path
+
+
 def _jpeg(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image
 
-    with np.load(path) as arrays:
+    with np.load(_existing(path)) as arrays:
         jpeg, offsets, labels = arrays["jpeg"].tobytes(), arrays["offsets"], arrays["labels"]
     images = [np.asarray(Image.open(io.BytesIO(jpeg[start:end]))) for start, end in itertools.pairwise(offsets)]
     return np.stack(images), labels

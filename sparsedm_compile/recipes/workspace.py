@@ -29,7 +29,7 @@ from sparsedm_compile.training_log import CsvLog, TensorBoardLog, TrainingLog
 
 
 class Workspace:
-    """Checkpoints, logs and scores of one recipe below ``folder``, which is made if it does not exist.
+    """Checkpoints, logs and scores of one recipe below ``folder``, which is made when there is something to keep.
 
     ``dense.safetensors``, ``rows/<row>.safetensors`` (the plan in their metadata), ``<name>.csv`` (the loss of each
     step; ``<name>.events`` with ``tensorboard``), ``<name>.json`` (how it was made), ``classifier.safetensors`` and
@@ -43,8 +43,6 @@ class Workspace:
         self.folder = folder
         self.device = torch.device(device)
         self._tensorboard = tensorboard
-        for part in ("rows", "scores"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
 
     def dense(self, data: ImageData, *, train: bool, progress: bool = True) -> UViT:
         """The dense model: loaded, or trained if ``train``.
@@ -58,6 +56,7 @@ class Workspace:
             return self._load(path, data, self._origin(self.recipe.train))
         if not train:
             raise FileNotFoundError(f"{path} does not exist: run 'sparsedm train' with this recipe and folder first")
+        path.parent.mkdir(parents=True, exist_ok=True)
         run = self.folder / "dense.run"
         model = create_model(self.recipe, data).to(self.device)
         made = train_dense(self.recipe, model, data, checkpoint_dir=run, log=self._log(path), progress=progress)
@@ -78,6 +77,7 @@ class Workspace:
         if not make:
             raise FileNotFoundError(f"{path} does not exist: run 'sparsedm finetune' with this recipe and folder first")
         dense = self.dense(data, train=False)
+        path.parent.mkdir(exist_ok=True)
         run = self.folder / "rows" / f"{row.file}.run"
         made = make_row(self.recipe, row, dense, data, checkpoint_dir=run, log=self._log(path), progress=progress)
         self._keep(made, path, run, origin, freeze=not row.flexible)

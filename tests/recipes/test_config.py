@@ -74,5 +74,5 @@ def test_unknown_recipe_and_row(tmp_path):
         load_recipe("mnist")
     with pytest.raises(FileNotFoundError):
         load_recipe(str(tmp_path / "missing.toml"))
-    with pytest.raises(ValueError, match="has no row 'x'; rows are SparseDM 2:4"):
+    with pytest.raises(ValueError, match="has no row 'x'; rows are 'SparseDM 2:4'"):
         load_recipe(write(tmp_path)).row("x")

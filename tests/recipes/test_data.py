@@ -65,7 +65,7 @@ def test_digits_are_split_without_overlap():
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="pass the folder that holds it"):
         load_images(DataConfig("npz", "x.npz"), None)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="must be an npz with x_train, y_train, x_test, y_test"):
         load_images(DataConfig("npz", "x.npz"), tmp_path)
     np.savez(tmp_path / "x.npz", x_train=np.zeros(3))
     with pytest.raises(ValueError, match="lacks x_test, y_test, y_train; it has x_train"):

@@ -83,6 +83,7 @@ def made(run):
     early = run("finetune")
     assert early.exit_code == 2
     assert "run 'sparsedm train'" in early.output
+    assert not run.folder.exists()
     run.succeed("train")
     run.succeed("finetune")
     return run
@@ -181,7 +182,7 @@ def test_what_another_recipe_made_or_judged_is_refused(made, tmp_path):
 def test_errors(made):
     result = made("finetune", "--row", "nothing")
     assert result.exit_code == 2
-    assert "has no row 'nothing'; rows are one-shot 2:4" in " ".join(result.output.split())
+    assert "has no row 'nothing'; rows are 'one-shot 2:4'" in " ".join(result.output.split())
     result = CliRunner().invoke(app, ["train", "mnist", "--out", str(made.folder)])
     assert result.exit_code == 2
     assert "unknown recipe 'mnist'" in result.output
