@@ -100,8 +100,11 @@ def _same(_graph: Propagation, call: Call) -> Layout:
     return call.tensors[0]
 
 
-def _reshape(graph: Propagation, call: Call) -> Layout:
-    return graph.reshape(call.tensors[0], call.shape)
+def _reshape(graph: Propagation, call: Call) -> Layout | None:
+    layout = call.tensors[0]
+    if np.prod(layout.shape) != np.prod(call.shape):
+        return None  # a view of the same bytes as numbers of another size
+    return graph.reshape(layout, call.shape)
 
 
 def _permute(_graph: Propagation, call: Call) -> Layout:

@@ -313,6 +313,10 @@ PINNED = {
         Net(lambda n, x: n.b(torch.frexp(n.a(x)).mantissa), a=lin(4, 8), b=lin(8, 4)),
         TOKENS, "b.weight[1]", "computed by frexp",
     ),
+    "bytes": (
+        Net(lambda n, x: n.b(n.a(x).view(torch.int32).to(x.dtype) / 2**31), a=lin(4, 8), b=lin(16, 4)),
+        TOKENS, "a.weight[0]", "view is not understood",
+    ),
     "kernel": (Net(lambda n, x: n.a(x), a=conv(3, 4)), IMAGE, "a.weight[2]", "kernel positions"),
     "tokens of a position table": (
         Net(lambda n, x: n.b(n.a(x) + n.table), a=lin(4, 8), b=lin(8, 4), table=vector(1, 5, 8)),
