@@ -55,24 +55,27 @@ def test_tied_layers_are_masked_together(make_model, calibration, masked_dense):
     assert sensitivity.damage["blocks.1"]["2:4"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_shares_the_weight_but_is_no_layer_stays_dense(calibration):
-    # As sparsify does: a mask belongs to the layer, not to the tensor.
+def test_a_weight_that_an_embedding_shares_is_not_tried(calibration):
+    # As in sparsify: no mask would reach the embedding, so the layer stays dense.
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
             self.embedding = nn.Embedding(32, 32)
+            self.middle = nn.Linear(32, 32, bias=False)
             self.out = nn.Linear(32, 32, bias=False)
             self.out.weight = self.embedding.weight
 
         def forward(self, x, timesteps):
-            return self.out(x) + self.embedding(timesteps.long() % 32)
+            return self.out(self.middle(x)) + self.embedding(timesteps.long() % 32)
 
     torch.manual_seed(0)
     model = Tied()
     sensitivity = measure_sensitivity(model, calibration, candidates=["2:4"], policy="all")
-    dropped = model.out.weight.detach().masked_fill(sdm.magnitude_mask(model.out.weight, "2:4"), 0)
-    expected = torch.cat([(batch.inputs[0] @ dropped.T).flatten() for batch in calibration]).square().mean().item()
-    assert sensitivity.damage["out"]["2:4"] == pytest.approx(expected, rel=1e-4)
+    weight = model.middle.weight.detach()
+    lost = model.out.weight.detach() @ weight.masked_fill(sdm.magnitude_mask(weight, "2:4"), 0)
+    expected = torch.cat([(batch.inputs[0] @ lost.T).flatten() for batch in calibration]).square().mean().item()
+    assert list(sensitivity.damage) == ["middle"]
+    assert sensitivity.damage["middle"]["2:4"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_compiled_models_and_outputs_of_diffusers(model, calibration):
