@@ -26,7 +26,7 @@ def provenance() -> dict[str, Any]:
             continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -37,6 +37,12 @@ def provenance() -> dict[str, Any]:
         "python": ".".join(map(str, sys.version_info[:3])),
         "versions": versions,
     }
+
+
+def _portable(argument: str) -> str:
+    """An absolute path, also one behind ``--option=``, by its last part: result files are published."""
+    option, equals, value = argument.rpartition("=")
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def cpu_model() -> str:
