@@ -1,7 +1,8 @@
-"""Images to files, with nothing but the standard library."""
+"""Images to files with nothing but the standard library, and side by side as a figure."""
 
 import struct
 import zlib
+from collections.abc import Mapping
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -35,6 +36,28 @@ def write_grid(path: Path, images: Tensor, *, columns: int | None = None, least_
     factor = max(1, ceil(least_side / max(height, width)))
     grid = grid.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
     path.write_bytes(_png(grid))
+
+
+def sample_figure(rows: Mapping[str, Tensor], columns: int = 16):
+    """Samples of several models as a matplotlib figure, one labelled row a model; column k is the same noise in each.
+
+    Args:
+        rows: label -> images ``(N, 1 or 3, H, W)`` in [-1, 1]; values outside are clipped.
+        columns: how many images of each row to show, at most N.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    columns = min(columns, *(len(images) for images in rows.values()))
+    label_width = 1 + 0.06 * max(map(len, rows))  # inches, at the font size below
+    figure = Figure(figsize=(0.6 * columns + label_width, 0.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=False):
+            pixels = ((image.permute(1, 2, 0).numpy(force=True) + 1) / 2).clip(0, 1)
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    return figure
 
 
 def _png(image: Tensor) -> bytes:

@@ -12,8 +12,8 @@ from scipy import linalg
 
 from sparsedm_compile.demo import digits, run_demo
 from sparsedm_compile.demo.frechet import pixel_frechet_distance
-from sparsedm_compile.demo.picture import save_picture
 from sparsedm_compile.demo.pretrain import main as pretrain_main
+from sparsedm_compile.images import sample_figure
 from sparsedm_compile.noise import VPSDE
 
 
@@ -82,7 +82,7 @@ class TestDistance:
 
 def test_picture_shows_each_row(tmp_path):
     rows = {"black": -torch.ones(5, 1, 8, 8), "white": torch.ones(5, 1, 8, 8)}
-    save_picture(rows, tmp_path / "p.png", columns=5)
+    sample_figure(rows, columns=5).savefig(tmp_path / "p.png", dpi=120)
     pixels = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)
     height, width = pixels.shape
     upper, lower = pixels[: height // 2, width // 3 :], pixels[height // 2 :, width // 3 :]

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from sparsedm_compile.benchmarking import BenchReport, bench_model
 from sparsedm_compile.demo.digits import TRAIN_IMAGES, batches, load_digits, load_model
 from sparsedm_compile.demo.frechet import pixel_frechet_distance
-from sparsedm_compile.demo.picture import save_picture
 from sparsedm_compile.demo.requirements import check_requirements
 from sparsedm_compile.finetune import finetune
+from sparsedm_compile.images import sample_figure
 from sparsedm_compile.macs import MacsReport, count_macs
 from sparsedm_compile.models import create_uvit, example_inputs
 from sparsedm_compile.noise import VPSDE
@@ -172,7 +172,7 @@ def run_demo(
         times = _bench_full_size() if speed else None
         stages.next()
         picture, report = output_dir / "samples.png", output_dir / "demo.json"
-        save_picture(pictures, picture)
+        sample_figure(pictures).savefig(picture, dpi=120)
         result = DemoResult(
             rows=tuple(rows),
             floor=pixel_frechet_distance(train_images, test_images),

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.masks import magnitude_mask
+from sparsedm_compile.modes import evaluating
 from sparsedm_compile.packed_layers import packed_layers
 from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.permutation.capture import find_channels, first_names, named_tensors
@@ -134,14 +135,8 @@ def _dense_eval(
     if sparse and (pattern is not None or policy != "default" or rules is not None):
         raise ValueError("model is sparse already and its plan decides: leave out pattern, policy and rules")
     plan = get_plan(model) if sparse else make_plan(model, "2:4" if pattern is None else pattern, policy, rules)
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with use_pattern(model, "dense") if sparse else nullcontext():
-            yield plan
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), use_pattern(model, "dense") if sparse else nullcontext():
+        yield plan
 
 
 def _targets(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
+from sparsedm_compile.images import sample_figure
 from sparsedm_compile.quality.judge import Score
 from sparsedm_compile.rendering import RichText
 
@@ -114,7 +115,7 @@ def render_html(report: QualityReport, samples: Mapping[str, Tensor]) -> str:
         dates={part: source.get("date", "") for part, source in report.provenance.items()},
         commands={part: source.get("command", "") for part, source in report.provenance.items()},
         machine=next(iter(report.provenance.values()), {}).get("cpu", ""),
-        grid=_encoded(_grid(samples)),
+        grid=_encoded(sample_figure(samples)),
         pareto=_encoded(pareto_figure(report)),
     )
 
@@ -132,21 +133,6 @@ def pareto_figure(report: QualityReport):
     axes.axhline(report.floor, color="grey", linestyle=":", label="real training images")
     axes.set(xlabel="MACs of linear and convolution layers [M]", ylabel=report.metric, yscale="log")
     axes.legend()
-    return figure
-
-
-def _grid(samples: Mapping[str, Tensor], columns: int = 16):
-    from matplotlib.figure import Figure
-
-    columns = min(columns, *(len(images) for images in samples.values()))
-    figure = Figure(figsize=(0.6 * columns + 2.2, 0.65 * len(samples)), layout="constrained")
-    axes = figure.subplots(len(samples), columns, squeeze=False)
-    for line, (label, images) in zip(axes, samples.items(), strict=True):
-        for axis, image in zip(line, images, strict=False):
-            pixels = ((image.permute(1, 2, 0).numpy(force=True) + 1) / 2).clip(0, 1)
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     return figure
 
 

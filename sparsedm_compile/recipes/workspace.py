@@ -1,7 +1,6 @@
 """The folder of a recipe's run: what is there already is not made again."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -131,6 +130,4 @@ class Workspace:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
