@@ -5,6 +5,7 @@ A script and no test: it forks the processes of each case, which spares them the
 """
 
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -60,11 +61,7 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def run(rank: int, world: int, case: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        store = dist.FileStore(str(folder / f"{case}.store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+def train(rank: int, world: int, case: str, folder: Path) -> dict:
     how, _, arguments = CASES[case]
     torch.manual_seed(0)
     teacher = Denoiser()
@@ -93,6 +90,19 @@ def run(rank: int, world: int, case: str, folder: Path) -> None:
     if how == "fsdp":
         weight = model.into.weight
         result["masks"] = {pattern: whole(sharded_mask(weight, Pattern.parse(pattern))) for pattern in ("2:4", "2:4v4")}
+    return result
+
+
+def run(rank: int, world: int, case: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        store = dist.FileStore(str(folder / f"{case}.store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    # The DDP module must be gone before the group is: if it holds the group last, it ends the group's threads while it
+    # holds the interpreter's lock, which a thread that still frees a tensor waits for (seen on torch 2.13: one run in
+    # two never ended).
+    result = train(rank, world, case, folder)
+    gc.collect()
     torch.save(result, folder / f"{case}.{rank}.pt")
     if world > 1:
         on_first_process(lambda: None)  # none leaves before all are done
