@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
+from torch._prims_common import suggest_memory_format
 
 from sparsedm_compile.kernels import get_kernel
 from sparsedm_compile.kernels.choice import choose
@@ -26,6 +27,8 @@ def swap_kernels(lowering: Lowering) -> None:
         if layer.verdict is not None:
             continue  # packed before it was compiled
         value, has_bias = layer_input(layer.node), layer_bias(layer.node) is not None
+        if _answers_channels_last(layer):
+            value = value.contiguous(memory_format=torch.channels_last)
         layer.verdict = choose(layer.spec, value, has_bias, lowering.options.kernel, layer.unusual, graphs)
         if layer.verdict.kernel != "dense":
             _use_packed(lowering, layer)
@@ -33,6 +36,12 @@ def swap_kernels(lowering: Lowering) -> None:
             _use_masked(lowering, layer)
         if layer.mask is not None and not layer.mask.users:
             lowering.gm.graph.erase_node(layer.mask)
+
+
+def _answers_channels_last(layer: LayerNode) -> bool:
+    """Whether its weight alone makes dense answer in channels_last. A packed weight cannot say so: the input must."""
+    weight = layer.weight.meta["example_value"]
+    return layer.spec.op == "conv2d" and suggest_memory_format(weight) == torch.channels_last
 
 
 def _use_masked(lowering: Lowering, layer: LayerNode) -> None:
@@ -58,6 +67,8 @@ def _use_packed(lowering: Lowering, layer: LayerNode) -> None:
     operator = torch.ops.sparsedm.linear.default if spec.op == "linear" else torch.ops.sparsedm.conv2d.default
     x = node.args[0] if node.args else node.kwargs["input"]
     with lowering.gm.graph.inserting_before(node):
+        if _answers_channels_last(layer):
+            x = lowering.gm.graph.call_method("contiguous", (x,), {"memory_format": torch.channels_last})
         swapped = lowering.gm.graph.call_function(operator, (x, values, index, *constants, layer_bias(node)))
     swapped.meta = dict(node.meta)
     node.replace_all_uses_with(swapped)

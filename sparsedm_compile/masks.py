@@ -63,7 +63,7 @@ def magnitude_mask(weight: Tensor, pattern: "str | Pattern") -> Tensor:
 
 def magnitude_mask_naive(weight: Tensor, pattern: Pattern) -> Tensor:
     """The oracle of :func:`magnitude_mask`: the definition, group by group, with Python's stable sort."""
-    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask = torch.zeros(weight.shape, dtype=torch.bool)
     out_features, in_features, *_ = weight.shape
     flat_weight = weight.detach().float().reshape(out_features, in_features, -1)
     flat_mask = mask.view(out_features, in_features, -1)

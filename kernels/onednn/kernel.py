@@ -52,13 +52,18 @@ class OneDnnKernel(Kernel):
         return values.to_dense().reshape(spec.weight_shape)
 
     def linear(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
-        out = torch.ops.mkldnn._linear_pointwise(x, values, epilogue.bias, "none", [], "")
+        out = torch.ops.mkldnn._linear_pointwise(x, values, _dense(epilogue.bias), "none", [], "")
         return apply_epilogue(out, epilogue)
 
     def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         out = torch.ops.mkldnn._convolution_pointwise(
-            x, values, epilogue.bias, spec.padding, spec.stride, spec.dilation, spec.groups, "none", [], ""
+            x, values, _dense(epilogue.bias), spec.padding, spec.stride, spec.dilation, spec.groups, "none", [], ""
         )
         # oneDNN answers in channels_last for any input; dense conv2d answers in the input's own format.
         out = out.contiguous(memory_format=suggest_memory_format(x))
         return apply_epilogue(out, epilogue)
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """A bias without gaps: of a strided one these operators read what lies between, silently."""
+    return None if bias is None else bias.contiguous()

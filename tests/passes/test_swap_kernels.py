@@ -30,6 +30,17 @@ def test_computes_the_same(lower, kernel, bias):
         torch.testing.assert_close(output, model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "onednn", "reference", "dense"])
+def test_a_channels_last_model_answers_in_channels_last(lower, kernel):
+    model = sparse(nn.Conv2d(32, 32, 3, padding=1)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 8, 8)  # the weight alone decides, as it does in dense
+    _, output = lower(model, [x], PASSES, kernel=kernel)
+    with torch.no_grad():
+        want = model(x)
+    assert output.stride() == want.stride() == (2048, 1, 256, 32)
+    torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
 def test_no_mask_is_left_in_the_graph(lower, targets, kernel):
     lowering, _ = lower(sparse(nn.Linear(32, 32)), [torch.randn(2, 32)], PASSES, kernel=kernel)

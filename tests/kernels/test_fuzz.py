@@ -1,0 +1,191 @@
+"""Random layers on random inputs, through every kernel that runs here, against a float64 product with the naive mask.
+
+A case is named by its number, which is also its seed. ``pytest tests/kernels/test_fuzz.py -m ""`` runs all thousand.
+"""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
+from sparsedm_compile.kernels import Epilogue, Kernel, LayerSpec, get_kernel, kernel_names
+from sparsedm_compile.kernels.reference.kernel import apply_epilogue
+from sparsedm_compile.masks import magnitude_mask_naive
+from sparsedm_compile.pattern import Pattern
+
+CASES, FEW = 1000, 100
+PATTERNS = ["2:4", "1:4", "4:8", "1:2", "2:3", "5:7", "1:32", "31:32", "13:29"]
+DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = ["none", "gelu", "gelu_tanh", "silu"]
+
+
+@dataclass
+class Case:
+    spec: LayerSpec
+    x: Tensor
+    weight: Tensor
+    epilogue: Epilogue
+    threads: int
+
+    def __str__(self) -> str:
+        x, e = self.x, self.epilogue
+        return f"{self.spec}, x {tuple(x.shape)} of strides {x.stride()}, {e.activation}, {self.threads} threads"
+
+
+class Draw(random.Random):
+    """Random numbers and tensors, all from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(dtype)
+
+    def few(self, most: int) -> int:
+        """Of 1 to ``most``, small numbers more often."""
+        return self.randint(1, self.randint(1, max(1, most)))
+
+    def strided(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape in one of the layouts that views give."""
+        rank = len(shape)
+        match self.choice(["contiguous", "permuted", "stepped", "sliced", "expanded", "channels_last"]):
+            case "permuted":
+                order = self.sample(range(rank), rank)
+                return self.normal(tuple(shape[d] for d in order), dtype).permute(_inverse(order))
+            case "stepped":
+                steps = [self.randint(1, 3) for _ in shape]
+                whole = self.normal(tuple(size * step for size, step in zip(shape, steps, strict=True)), dtype)
+                return whole[tuple(slice(None, None, step) for step in steps)]
+            case "sliced":
+                before = [self.randint(0, 2) for _ in shape]
+                whole = self.normal(
+                    tuple(s + b + self.randint(0, 2) for s, b in zip(shape, before, strict=True)), dtype
+                )
+                return whole[tuple(slice(b, b + s) for s, b in zip(shape, before, strict=True))]
+            case "expanded" if rank:
+                kept = self.randrange(rank)
+                return self.normal(tuple(s if d == kept else 1 for d, s in enumerate(shape)), dtype).expand(shape)
+            case "channels_last" if rank == 4:
+                return self.normal(shape, dtype).contiguous(memory_format=torch.channels_last)
+        return self.normal(shape, dtype)
+
+    def epilogue(self, channels: int, out_shape: tuple[int, ...], dtype: torch.dtype) -> Epilogue:
+        return Epilogue(
+            bias=self.strided((channels,), dtype) if self.random() < 0.5 else None,
+            activation=self.choice(ACTIVATIONS),
+            residual=self.strided(out_shape, dtype) if self.random() < 0.4 else None,
+        )
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(d) for d in range(len(order))]
+
+
+def draw_case(seed: int) -> Case:
+    draw = Draw(seed)
+    pattern = Pattern.parse(draw.choice(PATTERNS) + draw.choice(["", "", "v2", "v4", "v8"]))
+    dtype = draw.choice(DTYPES)
+    return (draw_linear if draw.random() < 0.5 else draw_conv)(draw, pattern, dtype)
+
+
+def draw_linear(draw: Draw, pattern: Pattern, dtype: torch.dtype) -> Case:
+    # Beyond 128 output channels and 64 inputs, work is cut into units and blocks.
+    out, width = pattern.v * draw.few(200 // pattern.v), pattern.m * draw.few(150 // pattern.m)
+    lead = [draw.few(40) for _ in range(draw.randint(0, 3))]
+    if lead and draw.random() < 0.1:
+        lead[draw.randrange(len(lead))] = 0
+    x, weight = draw.strided((*lead, width), dtype), draw.strided((out, width), dtype)
+    return Case(
+        LayerSpec("linear", (out, width), pattern, dtype),
+        x,
+        weight,
+        draw.epilogue(out, (*lead, out), dtype),
+        draw.few(3),
+    )
+
+
+def draw_conv(draw: Draw, pattern: Pattern, dtype: torch.dtype) -> Case:
+    groups = 2 if draw.random() < 0.1 else 1
+    out, width = pattern.v * draw.few(40 // pattern.v) * groups, pattern.m * draw.few(40 // pattern.m)
+    kernel = [draw.few(5) for _ in range(2)]
+    stride, dilation = ([draw.few(3) for _ in range(2)] for _ in range(2))
+    padding = [draw.randint(0, 3) for _ in range(2)]
+    batch = 0 if draw.random() < 0.05 else draw.few(3)
+    reach = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = [low + draw.few(24) - 1 for low in reach]
+    x = draw.strided((batch, width * groups, *size), dtype)
+    weight = draw.strided((out, width, *kernel), dtype)
+    spec = LayerSpec(
+        "conv2d", tuple(weight.shape), pattern, dtype, "cpu", tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+    return Case(spec, x, weight, draw.epilogue(out, tuple(dense(x, weight, spec).shape), dtype), draw.few(3))
+
+
+def dense(x: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
+    if spec.op == "linear":
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+
+
+def exact(case: Case) -> Tensor:
+    masked = (case.weight * magnitude_mask_naive(case.weight, case.spec.pattern)).double()
+    product, e = dense(case.x.double(), masked, case.spec), case.epilogue
+    if e.bias is not None:
+        product = product + e.bias.double().reshape(-1, *[1] * (len(case.spec.weight_shape) - 2))
+    return apply_epilogue(product, Epilogue(None, e.activation, None if e.residual is None else e.residual.double()))
+
+
+def call(x: Tensor, values: Tensor, index: Tensor, kernel: Kernel, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+    layer = (kernel.name, str(spec.pattern), spec.weight_shape)
+    rest = (epilogue.bias, epilogue.activation, epilogue.residual)
+    if spec.op == "linear":
+        return torch.ops.sparsedm.linear(x, values, index, *layer, *rest)
+    conv = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    return torch.ops.sparsedm.conv2d(x, values, index, *layer, *conv, *rest)
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """Those that say where an element lies: of sizes above one."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(FEW), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(FEW, CASES))]
+)
+def test_every_kernel_equals_the_exact_product(seed: int) -> None:
+    case = draw_case(seed)
+    spec, want = case.spec, exact(case)
+    # A channels_last weight makes dense answer in channels_last; it is swap_kernels that sees to this.
+    layout = dense(case.x, case.weight.clone(memory_format=torch.contiguous_format), spec)
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        for kernel in map(get_kernel, kernel_names()):
+            refusal = kernel.refusal(spec)
+            if refusal is None:
+                check(kernel, case, want, layout)
+            else:
+                assert refusal, kernel.name
+    finally:
+        torch.set_num_threads(before)
+
+
+def check(kernel: Kernel, case: Case, want: Tensor, layout: Tensor) -> None:
+    packed = kernel.pack(case.weight, case.spec)
+    got = call(case.x, *packed, kernel, case.spec, case.epilogue)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = call(mode.from_tensor(case.x), *packed, kernel, case.spec, case.epilogue)
+    said = f"{kernel.name}: {case}"
+    assert got.shape == fake.shape == layout.shape, said
+    assert got.dtype == fake.dtype == layout.dtype, said
+    if got.numel():
+        assert strides(got) == strides(fake) == strides(layout), said
+        # In half precision the result is rounded once, and once more by kernels that add the residual apart.
+        tolerance = 3e-6 if case.spec.dtype == torch.float32 else torch.finfo(case.spec.dtype).eps
+        assert (got - want).abs().max() <= tolerance * want.abs().max().clamp_min(1), said
