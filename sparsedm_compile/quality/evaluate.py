@@ -118,7 +118,7 @@ def _variants(row: RowConfig) -> list[tuple[str, str, str | None]]:
     """Name, file and pattern of what is judged of a row: a flexible one at each of its patterns."""
     if not row.flexible:
         return [(row.name, row.file, None)]
-    return [(f"{row.name}, at {p}", f"{row.file}-at-{p.replace(':', '-')}", p) for p in row.flexible]
+    return [(f"{row.name}, at {p}", f"{row.file}-at-{p.replace(':', '-')}", p) for p in dict.fromkeys(row.flexible)]
 
 
 def _patterns_of(model: nn.Module) -> str:

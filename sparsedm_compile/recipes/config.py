@@ -77,8 +77,9 @@ class RowConfig:
             each layer among ``candidates``.
         train: whether the row is fine-tuned at all.
         mask: ``"sr-ste"``; ``"ste"``, without its decay; ``"fixed"``, the first mask for good, as ASP does.
-        teacher: whether the dense model teaches (the distillation term of SparseDM).
-        flexible: patterns drawn at random, one a step; the row is judged at each of them.
+        teacher: whether the dense model teaches (the distillation term of SparseDM). A flexible row without it that
+            draws ``"dense"`` is taught by itself at that pattern.
+        flexible: patterns drawn at random, one a step, those listed twice twice as often; the row is judged at each.
     """
 
     name: str

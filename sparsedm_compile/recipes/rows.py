@@ -132,10 +132,10 @@ def make_row(
         teacher = dense if row.teacher else None
         losses = finetune(
             model,
-            None if row.flexible else teacher,
+            teacher,
             _batches(data.train, recipe.finetune, recipe.seed + 1),
             **_training(recipe.finetune),
-            **({} if row.teacher else {"distillation_weight": 0.0}),
+            **({} if row.teacher or row.flexible else {"distillation_weight": 0.0}),
             **({"patterns": list(row.flexible)} if row.flexible else {}),
             **({"srste_decay": 0.0} if row.mask != "sr-ste" else {}),
             fixed_mask=row.mask == "fixed",
