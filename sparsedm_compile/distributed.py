@@ -47,6 +47,16 @@ def on_first_process(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def of_all_processes(value: T) -> list[T]:
+    """The ``value`` of every process, in the order of their numbers; all must call this, with what can be pickled."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [value]
+    values: list[T] = [value] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
 def sharded_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     """:func:`magnitude_mask` of the whole weight; for a DTensor a DTensor, spread as the weight is.
 

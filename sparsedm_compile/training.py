@@ -1,6 +1,5 @@
 """A training loop for diffusion models: warm-up, clipping, averaged weights, progress, a stop before bad weights."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -20,11 +18,9 @@ from sparsedm_compile.data_position import RepeatedBatches
 from sparsedm_compile.distributed import mean_over_processes, rank_and_world
 from sparsedm_compile.ema import EMA
 from sparsedm_compile.modes import keeping_modes
-from sparsedm_compile.planning import named_modules, unwrap
-from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
+from sparsedm_compile.planning import unwrap
+from sparsedm_compile.training_checkpoint import ProcessState, TrainingCheckpoints
 from sparsedm_compile.training_log import TrainingLog
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,9 +88,9 @@ def train(
         scaler: of the loss, for float16. A step whose gradients overflow is left out and the scale lowered; that is an
             error only where the scale is 1 or less already.
         checkpoint_dir: the whole state of the run is saved here, and a run that finds one goes on from it, one process
-            on a CPU bit for bit as if it had never stopped. Of several processes, the data's position and the random
-            state of the first are saved, and serve all: the losses go on alike, up to rounding, if the order of the
-            data is drawn alike in every process and the model draws nothing (no dropout). It needs the same arguments
+            on a CPU bit for bit as if it had never stopped, as many processes as before up to rounding. In another
+            number of processes the losses go on alike, up to rounding, if the order of the data is drawn alike in every
+            process and the model draws nothing (no dropout): see :class:`ProcessState`. It needs the same arguments
             but for ``steps`` and ``seconds``, which count from the first start, the same model with any weights, and
             batches as :class:`RepeatedBatches` says; randomness of other sources than torch's default generators
             belongs into ``stateful``. A run folder must be trusted as code is: torch.distributed.checkpoint, which
@@ -122,21 +118,17 @@ def train(
     checkpoints = None
     if checkpoint_dir is not None:
         parts = {
-            "data": data,
             "optimizer": optimizer,
             "lr_schedule": schedule,
             "scaler": scaler,
             "model": unwrap(model),
         }
         parts |= {"ema": ema, "record": record, **(stateful or {})}
-        random = RandomState(device)
-        parts["random"] = random  # last: the data draws while it is restored
+        parts["process"] = ProcessState(data, device)
         own = {"optimizer": type(optimizer).__name__, "warmup_steps": warmup_steps, "max_grad_norm": max_grad_norm}
         settings = {**own, **(settings or {})}
         checkpoints = TrainingCheckpoints(checkpoint_dir, parts, settings)
-        if checkpoints.restore() and rank_and_world()[1] > 1:
-            random.differ_by_process()
-            _warn_of_dropout(model)
+        checkpoints.restore()
     start = time.perf_counter() - record.seconds
     try:
         with keeping_modes(model), _bar(steps, seconds, description, progress and rank_and_world()[0] == 0) as bar:
@@ -175,18 +167,6 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         ema.copy_to(model)
     return record
-
-
-def _warn_of_dropout(model: nn.Module) -> None:
-    for name, module in named_modules(unwrap(model)):
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            logger.warning(
-                "several processes go on with dropout (%r, p = %g): the random state of the first alone was saved, so "
-                "what is dropped from here on is not what a run without the interruption would drop",
-                name,
-                module.p,
-            )
-            return
 
 
 def _reached(record: TrainingRecord, steps: int | None, seconds: float | None) -> bool:

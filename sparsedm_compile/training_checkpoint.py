@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sparsedm_compile.atomic_write import write_atomically
-from sparsedm_compile.distributed import on_first_process, rank_and_world
+from sparsedm_compile.data_position import RepeatedBatches
+from sparsedm_compile.distributed import of_all_processes, on_first_process, rank_and_world
 from sparsedm_compile.tensor_files import read_metadata, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -239,27 +240,50 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class RandomState:
-    """The states of torch's default generators: the CPU's, and that of ``device`` if it is a CUDA one."""
+class ProcessState:
+    """What differs from process to process: the place in the data, and the states of torch's default generators.
 
-    def __init__(self, device: torch.device) -> None:
+    The state of every process is saved, and each goes on with its own where they are as many again. In another number
+    of processes that of the first serves all, and a warning says what that means.
+
+    Args:
+        data: of this process.
+        device: the generators are the CPU's, and that of this device if it is a CUDA one.
+    """
+
+    def __init__(self, data: RepeatedBatches, device: torch.device) -> None:
+        self._data = data
         self._device = device
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Generator states, uint8."""
-        states = {"cpu": torch.get_rng_state()}
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all processes, which must call this together."""
+        own = {"data": self._data.state_dict(), "cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self._device)
-        return states
+            own["cuda"] = torch.cuda.get_rng_state(self._device)
+        return {"processes": of_all_processes(own)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Set them; a state of a device that this run does not use is left out."""
-        torch.set_rng_state(state["cpu"])
-        if self._device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self._device)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set them; a state of a device that this run does not use is left out.
 
-    def differ_by_process(self) -> None:
-        """Draw a seed in each process after the first, lest all drop out alike: one state was saved for them all."""
-        rank, _ = rank_and_world()
-        if rank > 0:
+        Raises:
+            ValueError: see :meth:`RepeatedBatches.load_state_dict`.
+        """
+        rank, world = rank_and_world()
+        saved = state["processes"]
+        own = saved[rank if len(saved) == world else 0]
+        self._data.load_state_dict(own["data"])  # first, because it draws
+        torch.set_rng_state(own["cpu"])
+        if self._device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], self._device)
+        if len(saved) == world:
+            return
+        if rank == 0:
+            logger.warning(
+                "a run of %d processes goes on in %d: all take the place in the data that the first had. The losses go "
+                "on alike if every process draws the order of the data alike; what a model draws itself, as dropout "
+                "does, is not what it would have been",
+                len(saved),
+                world,
+            )
+        else:  # lest all drop out alike
             torch.manual_seed(int(torch.randint(2**62, ())) + rank)

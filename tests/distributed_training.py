@@ -8,6 +8,7 @@ import copy
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from sparsedm_compile.distributed import on_first_process, sharded_mask, share_of
 from sparsedm_compile.finetune import finetune
 from sparsedm_compile.pattern import Pattern
+from sparsedm_compile.planning import unwrap
 from sparsedm_compile.sparsify import sparsify
 
 #: Case -> how the model is spread, processes, and arguments of finetune. 12 rows on 2 processes: with v = 4, the second
@@ -42,6 +45,13 @@ CASES: dict[str, tuple[str, int, dict]] = {
     "ddp-to-fsdp-of-3": ("fsdp", 3, {"checkpoint_dir": "ddp.run"}),
     "fsdp-of-3-to-ddp": ("ddp", 2, {"checkpoint_dir": "ddp.run", "steps": 12}),
     "one-long": ("plain", 1, {"steps": 12}),
+    # Each process shuffles and drops out in a way of its own, which only its own random state brings back.
+    "ddp-dropout": ("ddp", 2, {"dropout": 0}),
+    "ddp-dropout-stopped": ("ddp", 2, {"dropout": 0, "steps": 5, "checkpoint_dir": "ddp-dropout.run"}),
+    "ddp-dropout-resumed": ("ddp", 2, {"dropout": 7, "checkpoint_dir": "ddp-dropout.run"}),
+    "fsdp-dropout": ("fsdp", 2, {"dropout": 0}),
+    "fsdp-dropout-stopped": ("fsdp", 2, {"dropout": 0, "steps": 5, "checkpoint_dir": "fsdp-dropout.run"}),
+    "fsdp-dropout-resumed": ("fsdp", 2, {"dropout": 7, "checkpoint_dir": "fsdp-dropout.run"}),
     # One process cannot go on; all must say so.
     "fsdp-nan": ("fsdp", 2, {"poison": True}),
 }
@@ -50,11 +60,11 @@ CASES: dict[str, tuple[str, int, dict]] = {
 class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.out = nn.Linear(16, 12), nn.Linear(12, 16)
+        self.into, self.drop, self.out = nn.Linear(16, 12), nn.Dropout(0), nn.Linear(12, 16)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         hidden = self.into(x.flatten(1)) + timesteps.unsqueeze(1) / 999
-        return self.out(torch.tanh(hidden)).view_as(x)
+        return self.out(self.drop(torch.tanh(hidden))).view_as(x)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -77,7 +87,11 @@ def train(rank: int, world: int, case: str, folder: Path) -> dict:
     if "checkpoint_dir" in options:
         options["checkpoint_dir"] = folder / options["checkpoint_dir"]
     data = torch.randn(4, 12, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    batches = [share_of(batch) for batch in data]
+    batches: Any = [share_of(batch) for batch in data]
+    if "dropout" in options:
+        unwrap(model).drop.p = 0.5
+        batches = DataLoader(torch.cat(batches), len(batches[0]), shuffle=True)
+        torch.manual_seed(options.pop("dropout") + rank)
     if options.pop("poison", False) and rank == world - 1:
         batches[2][0] = torch.nan
     teacher = None if "patterns" in options else teacher

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsedm_compile.distributed import mean_over_processes, on_first_process, rank_and_world, shard_like, share_of
+from sparsedm_compile.distributed import (
+    mean_over_processes,
+    of_all_processes,
+    on_first_process,
+    rank_and_world,
+    shard_like,
+    share_of,
+)
 from sparsedm_compile.masks import magnitude_mask_naive
 from sparsedm_compile.pattern import Pattern
 
@@ -63,6 +70,13 @@ def test_goes_on_in_another_number_of_processes(results, case, reference):
     assert_same(results(case), results(reference))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_each_process_goes_on_with_its_own_random_state(results, how, rank):
+    """Each shuffles its data and drops out in a way of its own; the resumed ones began with other seeds."""
+    assert_same(results(f"{how}-dropout-resumed", rank), results(f"{how}-dropout", rank))
+
+
 def test_the_tolerance_is_far_below_what_training_changes(results):
     one, other = results("one"), results("one-fixed")
     assert max(abs(a / b - 1) for a, b in zip(one["losses"], other["losses"], strict=True)) > 20 * TOLERANCE
@@ -104,6 +118,7 @@ class TestOneProcess:
         x = torch.randn(5, 2)
         assert torch.equal(share_of(x), x)
         assert torch.equal(mean_over_processes(x), x)
+        assert of_all_processes("ours") == ["ours"]
         assert shard_like(x, torch.zeros(5, 2)) is x
 
     def test_errors_of_the_first_process_are_raised(self):

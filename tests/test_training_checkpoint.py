@@ -16,7 +16,7 @@ from sparsedm_compile.ema import EMA
 from sparsedm_compile.finetune import finetune
 from sparsedm_compile.sparsify import set_pattern, sparsify
 from sparsedm_compile.training import train
-from sparsedm_compile.training_checkpoint import RandomState, TrainingCheckpoints
+from sparsedm_compile.training_checkpoint import ProcessState, TrainingCheckpoints
 
 
 @pytest.fixture(autouse=True)
@@ -226,19 +226,19 @@ def test_a_part_that_cannot_go_on_leaves_the_others_as_they_were(tmp_path):
         model, loader = nn.Linear(16, 16), batches()
         loader.generator.manual_seed(seed)
         optimizer, noise = torch.optim.Adam(model.parameters()), torch.Generator().manual_seed(seed)
-        parts = {"data": RepeatedBatches(loader), "optimizer": optimizer, "model": model, "ema": EMA(model)}
-        parts |= {"noise": noise, "stubborn": Stubborn(), "random": RandomState(torch.device("cpu"))}
-        return parts, loader.generator
+        data = RepeatedBatches(loader)
+        parts = {"process": ProcessState(data, torch.device("cpu")), "optimizer": optimizer, "model": model}
+        return parts | {"ema": EMA(model), "noise": noise, "stubborn": Stubborn()}, data, loader.generator
 
     def state(parts, generator):
         tensors = [*parts["model"].parameters(), *parts["ema"].shadow.values(), parts["noise"].get_state()]
         return [tensor.detach().clone() for tensor in (*tensors, generator.get_state(), torch.get_rng_state())]
 
-    saved, _ = parts(1)
-    saved["model"](next(saved["data"]).flatten(1)).sum().backward()
+    saved, data, _ = parts(1)
+    saved["model"](next(data).flatten(1)).sum().backward()
     saved["optimizer"].step()
     TrainingCheckpoints(tmp_path, saved, {}).save(1)
-    fresh, generator = parts(2)
+    fresh, _, generator = parts(2)
     before = state(fresh, generator)
     with pytest.raises(RuntimeError, match="stubborn"):
         TrainingCheckpoints(tmp_path, fresh, {}).restore()
@@ -246,12 +246,13 @@ def test_a_part_that_cannot_go_on_leaves_the_others_as_they_were(tmp_path):
     assert not fresh["optimizer"].state
 
 
-def test_several_processes_are_warned_of_dropout(tmp_path, monkeypatch, caplog):
+def test_another_number_of_processes_is_said(tmp_path, monkeypatch, caplog):
     run(tmp_path, 3)
-    assert "dropout" not in caplog.text
-    monkeypatch.setattr("sparsedm_compile.training.rank_and_world", lambda: (0, 2))
     run(tmp_path, 6)
-    assert "several processes go on with dropout ('drop', p = 0.2): the random state of the first alone" in caplog.text
+    assert "processes" not in caplog.text
+    monkeypatch.setattr("sparsedm_compile.training_checkpoint.rank_and_world", lambda: (0, 2))
+    run(tmp_path, 9)
+    assert "a run of 1 processes goes on in 2: all take the place in the data that the first had" in caplog.text
 
 
 class TestOfAnotherRun:

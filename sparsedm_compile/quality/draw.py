@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsedm_compile.distributed import rank_and_world
+from sparsedm_compile.distributed import of_all_processes, rank_and_world
 from sparsedm_compile.noise import VPSDE
 from sparsedm_compile.sampling import sample
 
@@ -53,11 +52,8 @@ def draw(
         fresh = None if solver == "dpm-solver++" else _fresh_noise(seed, index, device)
         images = sample(model, padded, process=process, solver=solver, steps=steps, clip=1.0, generator=fresh)
         drawn[index] = images[: len(part)].clamp(-1, 1).cpu()
-    if world > 1:
-        shares: list[dict[int, Tensor]] = [{}] * world
-        dist.all_gather_object(shares, drawn)
-        drawn = {index: images for share in shares for index, images in share.items()}
-    return torch.cat([drawn[index] for index in sorted(drawn)])
+    everyone = {index: images for share in of_all_processes(drawn) for index, images in share.items()}
+    return torch.cat([everyone[index] for index in sorted(everyone)])
 
 
 def _fresh_noise(seed: int, index: int, device: torch.device) -> torch.Generator:
