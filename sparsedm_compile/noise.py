@@ -25,7 +25,12 @@ class NoiseProcess(Protocol):
         """
 
     def predict_noise(self, model: nn.Module, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
-        """The noise that ``model`` sees in ``x_t``; the shape of ``x_t``."""
+        """The noise that ``model`` sees in ``x_t``; the shape of ``x_t``.
+
+        Raises:
+            ValueError: the model does not take these inputs, or answers another shape.
+            TypeError: it answers no tensor.
+        """
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ class VPSDE:
         return _mix(clean, noise, t, self.alpha, self.sigma)
 
     def predict_noise(self, model: nn.Module, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
-        """Call ``model(x_t, time_scale * t, *condition)``; ``t`` is ``(B,)``, the result has the shape of ``x_t``."""
-        return _prediction(model(x_t, self.time_scale * t, *condition))
+        """Call ``model(x_t, time_scale * t, *condition)``, as :class:`NoiseProcess` says; ``t`` is ``(B,)``."""
+        return _predict(model, x_t, self.time_scale * t, condition)
 
 
 class SchedulerProcess:
@@ -145,8 +150,8 @@ class SchedulerProcess:
         return _mix(clean, noise, t, self.alpha, self.sigma)
 
     def predict_noise(self, model: nn.Module, x_t: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
-        """Call ``model(x_t, t, *condition)``, whose answer may be a tensor or an output of diffusers."""
-        return _prediction(model(x_t, t, *condition))
+        """Call ``model(x_t, t, *condition)``, as :class:`NoiseProcess` says; ``t`` holds integers, ``(B,)``."""
+        return _predict(model, x_t, t, condition)
 
     def __repr__(self) -> str:
         first, last = self._alpha[0].item(), self._alpha[-1].item()
@@ -164,5 +169,26 @@ def _mix(
     return (alpha(t).reshape(shape) * clean + sigma(t).reshape(shape) * noise).to(clean.dtype)
 
 
-def _prediction(output: Any) -> Tensor:
-    return getattr(output, "sample", output)  # the field of diffusers' outputs
+def _predict(model: nn.Module, x_t: Tensor, time: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+    try:
+        output = model(x_t, time, *condition)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (TypeError, AttributeError, IndexError, RuntimeError) as error:  # what a wrong call ends in, far inside
+        conditions = "".join(f", a condition {tuple(value.shape)} of {value.dtype}" for value in condition)
+        raise ValueError(
+            f"the model cannot be called with x_t {tuple(x_t.shape)}, times {tuple(time.shape)}"
+            f"{conditions or ' and no condition'}: {error}. The data must have the shape that the model was made for; "
+            "what follows it in a batch is passed on as conditions, so drop what the model does not take, as labels"
+        ) from error
+    prediction = getattr(output, "sample", output)  # the field of diffusers' outputs
+    if not isinstance(prediction, Tensor):
+        raise TypeError(
+            f"the model answers {type(output).__name__}: wrap it in a module that returns the predicted noise, a tensor"
+        )
+    if prediction.shape != x_t.shape:
+        raise ValueError(
+            f"the model answers {tuple(prediction.shape)} for x_t {tuple(x_t.shape)}, and must answer one noise value "
+            "for each value: wrap one that also predicts variances in a module that returns the noise alone"
+        )
+    return prediction

@@ -1,9 +1,12 @@
 """Policies: which layers of a model should be sparse at all. They look at names and shapes only, never at weights."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 
 from sparsedm_compile.plan import LayerInfo
+
+_log = logging.getLogger(__name__)
 
 #: A user's policy: True for sparse; False or the reason as a string for dense.
 LayerPolicy = Callable[[LayerInfo], bool | str]
@@ -46,11 +49,25 @@ def _sparsedm(suffixes: tuple[str, ...], title: str) -> _ModelPolicy:
                 f"policy {title!r} is for U-ViT and found none of its layers ({', '.join(s[1:] for s in suffixes)}); "
                 "use policy='default' or policy='all' for other models"
             )
+        foreign = [name for name in (layer.name for layer in layers) if name in dense and not _UVIT_DENSE.search(name)]
+        if foreign:
+            _log.warning(
+                "policy %r is for U-ViT: it leaves %d of %d layers of this model dense, and U-ViT has no %r; "
+                "policy='default' takes all but first, last, embedding and tiny layers, policy='all' takes all",
+                title,
+                len(dense),
+                len(layers),
+                foreign[0],
+            )
         return dict.fromkeys(dense, f"policy {title}: the paper leaves it dense")
 
     return policy
 
 
+# What U-ViT has beside them.
+_UVIT_DENSE = re.compile(
+    r"(^|\.)(skip_linear|patch_embed\.proj|time_embed\.\d+|context_embed|decoder_pred|final_layer)$"
+)
 # SparseDM, official code: the four linears of every block; its inference code converts skip_linear as well.
 _PAPER = (".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
 

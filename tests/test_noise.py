@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,11 +71,52 @@ def test_times_are_in_the_half_open_interval_and_uniform():
 def test_the_model_is_called_with_scaled_times_and_the_condition():
     class Probe(nn.Module):
         def forward(self, x, timesteps, y):
-            return timesteps, y
+            return torch.stack([timesteps, y], 1)
 
-    times, y = VPSDE().predict_noise(Probe(), torch.zeros(2, 1), torch.tensor([0.5, 1.0]), torch.tensor([3, 4]))
-    assert times.tolist() == [499.5, 999.0]
-    assert y.tolist() == [3, 4]
+    answer = VPSDE().predict_noise(Probe(), torch.zeros(2, 2), torch.tensor([0.5, 1.0]), torch.tensor([3, 4]))
+    assert answer.tolist() == [[499.5, 3], [999, 4]]
+
+
+def processes():
+    scheduler = SimpleNamespace(
+        alphas_cumprod=torch.tensor([0.9, 0.5]), config=SimpleNamespace(prediction_type="epsilon")
+    )
+    return [(VPSDE(), torch.rand(2)), (SchedulerProcess(scheduler), torch.tensor([0, 1]))]
+
+
+class TestCallsThatCannotWork:
+    class Denoiser(nn.Conv2d):
+        def forward(self, x, timesteps):
+            return super().forward(x)
+
+    @pytest.mark.parametrize(("process", "t"), processes())
+    def test_labels_of_an_unconditional_model(self, process, t):
+        message = (
+            r"x_t \(2, 3, 4, 4\), times \(2,\), a condition \(2,\) of torch.int64: .*takes 3 positional arguments "
+            r"but 4 were given.* drop what the model does not take, as labels"
+        )
+        with pytest.raises(ValueError, match=message):
+            process.predict_noise(self.Denoiser(3, 3, 1), torch.zeros(2, 3, 4, 4), t, torch.tensor([1, 2]))
+
+    @pytest.mark.parametrize(("process", "t"), processes())
+    def test_data_of_other_channels(self, process, t):
+        with pytest.raises(ValueError, match=r"x_t \(2, 1, 4, 4\).*no condition.*shape that the model was made for"):
+            process.predict_noise(self.Denoiser(3, 3, 1), torch.zeros(2, 1, 4, 4), t)
+
+    def test_variances_beside_the_noise(self):
+        with pytest.raises(ValueError, match=r"answers \(2, 6, 4, 4\) for x_t \(2, 3, 4, 4\).*returns the noise alone"):
+            VPSDE().predict_noise(self.Denoiser(3, 6, 1), torch.zeros(2, 3, 4, 4), torch.rand(2))
+
+    def test_no_tensor(self):
+        with pytest.raises(TypeError, match="answers tuple: wrap it"):
+            VPSDE().predict_noise(lambda x, t: (x, t), torch.zeros(2, 3), torch.rand(2))
+
+    def test_no_memory_is_no_wrong_call(self):
+        def model(x, t):
+            raise torch.OutOfMemoryError("out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            VPSDE().predict_noise(model, torch.zeros(2, 3), torch.rand(2))
 
 
 @pytest.mark.parametrize("arguments", [{"beta_min": 0.0}, {"beta_min": 2.0, "beta_max": 1.0}, {"beta_max": math.inf}])

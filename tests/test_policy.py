@@ -3,9 +3,10 @@
 import diffusers
 import pytest
 import torch
+from torch import nn
 
 import sparsedm_compile as sdm
-from sparsedm_compile.models import create_uvit
+from sparsedm_compile.models import UViT, UViTText2Image, create_uvit
 
 PAPER = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -52,6 +53,29 @@ def test_default_on_uvit(uvit):
 def test_all_leaves_dense_only_what_cannot(uvit):
     plan = sdm.make_plan(uvit, "2:4", policy="all")
     assert {layer.name for layer in plan if layer.pattern.is_dense} == {"patch_embed.proj", "final_layer"}
+
+
+def test_the_papers_policy_says_what_it_leaves_of_another_model(caplog):
+    class Block(nn.Module):  # of DiT's own code: U-ViT's names, and one more
+        def __init__(self):
+            super().__init__()
+            self.attn, self.mlp = nn.Module(), nn.Module()
+            self.attn.qkv, self.attn.proj = nn.Linear(64, 192), nn.Linear(64, 64)
+            self.mlp.fc1, self.mlp.fc2 = nn.Linear(64, 256), nn.Linear(256, 64)
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(64, 384))
+
+    plan = sdm.make_plan(nn.ModuleDict({"block": Block()}), policy="sparsedm")
+    assert len(plan.patterns()) == 4
+    assert (
+        "policy 'sparsedm' is for U-ViT: it leaves 1 of 5 layers of this model dense, and U-ViT has no "
+        "'block.adaLN_modulation.1'; policy='default' takes" in caplog.text
+    )
+
+
+def test_no_word_of_it_for_any_uvit(caplog):
+    for kind in (UViT(8, 2, 3, 32, 2, 2, num_classes=4, mlp_time_embed=True), UViTText2Image(8, 2, 3, 32, 2, 2)):
+        sdm.make_plan(kind, policy="sparsedm")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("policy", ["sparsedm", "sparsedm+skip"])

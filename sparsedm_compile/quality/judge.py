@@ -100,7 +100,6 @@ def judge(
         The score, and the first samples of the first seed, for a picture.
     """
     start = time.perf_counter()
-    macs = count_macs(model, test_images[:1], torch.zeros(1))
     compiled = torch.compile(model, backend="sparsedm")
     batch = min(batch, samples, len(test_images))
     shape = tuple(test_images.shape[1:])
@@ -109,6 +108,7 @@ def judge(
         drawn = draw(compiled, samples, shape, seed=seed, solver=solver, steps=steps, batch=batch, progress=progress)
         distances.append(reference.distances(drawn))
         shown = drawn[:64] if shown is None else shown
+    macs = count_macs(model, test_images[:1], torch.zeros(1))
     score = Score(
         name=name,
         pattern=pattern,
