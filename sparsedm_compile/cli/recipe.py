@@ -59,6 +59,12 @@ def quality(
     seeds: Annotated[
         int | None, typer.Option("--seeds", min=1, help="Only so many seeds; later calls add more.")
     ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            "--inception", help="Weights file of torch-fidelity's Inception-v3: distances are FIDs then, not FD-CNN."
+        ),
+    ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time the rows; run it alone on the machine.")] = False,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -70,6 +76,7 @@ def quality(
     """
     from sparsedm_compile.distributed import rank_and_world
     from sparsedm_compile.quality.evaluate import OutdatedScore, collect, judge_rows, measure_speed
+    from sparsedm_compile.quality.features import inception_features
     from sparsedm_compile.quality.report import render_html
     from sparsedm_compile.recipes.config import DENSE_ROW
     from sparsedm_compile.recipes.workspace import write_json
@@ -80,16 +87,18 @@ def quality(
             rows = _rows(workspace, None if row is None else [name for name in row if name != DENSE_ROW])
             workspace.dense(images, train=False)
             made = tuple(one for one in rows if workspace.has(one))
+            known = None if inception is None else inception_features(inception, workspace.device)
+        features = known or workspace.features(images)
         try:
-            judge_rows(workspace, images, made, dense=row is None or DENSE_ROW in row, seeds=seeds)
+            judge_rows(workspace, images, made, features, dense=row is None or DENSE_ROW in row, seeds=seeds)
         except OutdatedScore as error:
             raise fail(str(error)) from error
         first = rank_and_world()[0] == 0
         if speed and first:
             measure_speed(workspace, images, made)
-        report, samples = collect(workspace, images)  # together: it asks the first process for the classifier
         if not first:
             return
+        report, samples = collect(workspace, images, features)
         write_json(out / "report.json", report.to_dict())
         (out / "report.html").write_text(render_html(report, samples))
     show(report, as_json)

@@ -14,7 +14,7 @@ from sparsedm_compile.distributed import on_first_process, rank_and_world
 from sparsedm_compile.layers import layer_pattern, sparse_layers
 from sparsedm_compile.provenance import provenance
 from sparsedm_compile.quality.distances import ReferenceSet
-from sparsedm_compile.quality.features import weights_sha256
+from sparsedm_compile.quality.features import Features, weights_sha256
 from sparsedm_compile.quality.judge import Score, judge
 from sparsedm_compile.quality.report import QualityReport
 from sparsedm_compile.recipes.config import DENSE_ROW, RowConfig
@@ -31,6 +31,7 @@ def judge_rows(
     workspace: Workspace,
     data: ImageData,
     rows: tuple[RowConfig, ...],
+    features: Features,
     *,
     dense: bool = True,
     seeds: int | None = None,
@@ -41,6 +42,7 @@ def judge_rows(
     Several processes may judge different rows of one folder at the same time.
 
     Args:
+        features: what images are compared by; scores of other features lie in a folder of their own.
         dense: whether to judge the dense model too.
         seeds: how many of the recipe's seeds; all unless given. A later call adds the others.
 
@@ -50,12 +52,12 @@ def judge_rows(
     """
     quality = workspace.recipe.quality
     wanted = quality.seeds[:seeds]
-    reference = ReferenceSet(workspace.features(data, progress=progress), data.test)
-    (workspace.folder / "scores").mkdir(exist_ok=True)
+    reference = ReferenceSet(features, data.test)
+    _scores(workspace, features).mkdir(exist_ok=True)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # every pattern is a graph
 
     def score(name: str, file: str, load: Callable[[], nn.Module]) -> None:
-        path = _score_file(workspace, file)
+        path = _scores(workspace, features) / f"{file}.json"
         known = on_first_process(lambda: _read_score(path) if path.exists() else None)
         model = load()
         if known is not None:
@@ -131,8 +133,8 @@ def _read_score(path: Path) -> Score:
     return Score.from_dict({key: value for key, value in values.items() if key != "provenance"})
 
 
-def _score_file(workspace: Workspace, file: str) -> Path:
-    return workspace.folder / "scores" / f"{file}.json"
+def _scores(workspace: Workspace, features: Features) -> Path:
+    return workspace.folder / ("scores-fid" if features.name == "FID" else "scores")
 
 
 def measure_speed(
@@ -145,6 +147,7 @@ def measure_speed(
     dense = workspace.dense(data, train=False)
     inputs = tuple(t.to(workspace.device) for t in (data.test[:batch], torch.full((batch,), 500.0)))
     path = workspace.folder / "scores" / "speed.json"
+    path.parent.mkdir(exist_ok=True)
     known = json.loads(path.read_text())["runs"] if path.exists() else []
     timed: dict[str, dict] = {json.dumps(run["plan"], sort_keys=True): run for run in known}
     for row in rows:
@@ -164,18 +167,17 @@ def measure_speed(
     write_json(path, {"runs": list(timed.values()), "provenance": provenance()})
 
 
-def collect(workspace: Workspace, data: ImageData, *, progress: bool = True) -> tuple[QualityReport, dict[str, Tensor]]:
+def collect(workspace: Workspace, data: ImageData, features: Features) -> tuple[QualityReport, dict[str, Tensor]]:
     """The report of everything judged so far, and samples by row name.
 
     Raises:
         FileNotFoundError: the dense model was not judged.
         OutdatedScore: rows that were not judged alike.
     """
-    features = workspace.features(data, progress=progress)
     scores, samples = [], {}
     sources = {}
     for file in (DENSE_ROW, *(file for row in workspace.recipe.rows for _, file, _ in _variants(row))):
-        path = _score_file(workspace, file)
+        path = _scores(workspace, features) / f"{file}.json"
         if not path.exists():
             if file == DENSE_ROW:
                 raise FileNotFoundError(f"{path} does not exist: the dense model must be judged first")
@@ -204,7 +206,7 @@ def collect(workspace: Workspace, data: ImageData, *, progress: bool = True) -> 
     return report, samples
 
 
-def _floor(workspace: Workspace, features, data: ImageData) -> float:
+def _floor(workspace: Workspace, features: Features, data: ImageData) -> float:
     """Distance of training images to the test images, as many as there are samples."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     chosen = data.train[order[: workspace.recipe.quality.samples]]

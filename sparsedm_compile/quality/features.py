@@ -56,7 +56,16 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W) -> (N, 128)``."""
+        """``(N, C, H, W) -> (N, 128)``.
+
+        Raises:
+            ValueError: images of other channels.
+        """
+        if images.dim() != 4 or images.shape[1] != self.body[0].in_channels:
+            raise ValueError(
+                f"this classifier takes images (N, {self.body[0].in_channels}, H, W), got {tuple(images.shape)}: train "
+                "one on images like these"
+            )
         return F.relu(self.hidden(self.body(images)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -148,29 +157,41 @@ def load_classifier(path: Path) -> Classifier:
     return model.eval()
 
 
-def inception_features(weights: Path) -> Features:
+def inception_features(weights: Path, device: torch.device | str = "cpu") -> Features:
     """Inception-v3's 2,048 pool features, those of the FID, from a weights file that the user has; nothing is fetched.
 
+    Network and resizing are torch-fidelity's, which repeat TensorFlow's original: torchmetrics resizes in another way
+    unless told not to, and its FIDs are then not those of papers.
+
     Args:
-        weights: torch-fidelity's ``pt_inception-2015-12-05-6726825d.pth``.
+        weights: torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``.
+        device: to compute on; features come back to the CPU.
 
     Raises:
         ImportError: torch-fidelity is missing.
         OSError: there is no such file.
+        ValueError: it holds something else than the weights of this network.
     """
     if not weights.is_file():
         raise FileNotFoundError(f"Inception weights {weights} do not exist; leave them out to use the small classifier")
     try:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        network = NoTrainInceptionV3(
-            name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(weights)
-        )
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as error:
         raise ImportError("Inception features need torch-fidelity: pip install torch-fidelity") from error
+    try:
+        torch.load(weights, weights_only=True, map_location="meta")  # torch-fidelity would unpickle whatever it holds
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+    except Exception as error:  # torch.load and unpickling raise what they like
+        raise ValueError(
+            f"{weights} does not hold the weights of torch-fidelity's Inception-v3, which come as "
+            f"weights-inception-2015-12-05-6726825d.pth: {error}"
+        ) from error
+    network.to(device)
 
     def extract(images: Tensor) -> Tensor:
-        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return network(pixels.expand(-1, 3, -1, -1))
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"Inception takes images of 1 or 3 channels, got {tuple(images.shape)}")
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(device, torch.uint8)
+        return network(pixels.expand(-1, 3, -1, -1))[0].cpu()
 
     return Features("FID", hashlib.sha256(weights.read_bytes()).hexdigest(), extract)

@@ -31,8 +31,9 @@ class Workspace:
     """Checkpoints, logs and scores of one recipe below ``folder``, which is made when there is something to keep.
 
     ``dense.safetensors``, ``rows/<row>.safetensors`` (the plan in their metadata), ``<name>.csv`` (the loss of each
-    step; ``<name>.events`` with ``tensorboard``), ``<name>.json`` (how it was made), ``classifier.safetensors`` and
-    ``scores/``. A run that was cut off lies in ``<name>.run`` and goes on from there.
+    step; ``<name>.events`` with ``tensorboard``), ``<name>.json`` (how it was made), ``classifier.safetensors``,
+    ``scores/`` and, judged by Inception's features, ``scores-fid/``. A run that was cut off lies in ``<name>.run`` and
+    goes on from there.
     """
 
     def __init__(

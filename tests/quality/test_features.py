@@ -1,5 +1,14 @@
+"""Features: a classifier that learns, its files and their hashes; Inception with a stand-in for its weights."""
+
+import hashlib
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
+from torch import nn
 
 from sparsedm_compile.quality.features import (
     Classifier,
@@ -74,6 +83,71 @@ def test_bad_input(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no classifier of this package"):
         load_classifier(tmp_path / "other.safetensors")
+
+
+class StandIn(nn.Module):
+    """What torch-fidelity's extractor is called with and answers, at one thousandth of the size."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        super().__init__()
+        assert features_list == ["2048"]
+        self.fc = nn.Linear(3, 5)
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        return (self.fc(images.float().mean((2, 3))),)
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    torch.save(nn.Sequential(OrderedDict(fc=nn.Linear(3, 5))).state_dict(), tmp_path / "weights.pth")
+    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = StandIn
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return tmp_path / "weights.pth"
+
+
+class TestInception:
+    def test_pixels_go_in_as_bytes_and_the_hash_is_that_of_the_file(self, weights):
+        features = inception_features(weights)
+        images = torch.tensor([-1.0, 0.0, 1.0, 3.0]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
+        state = torch.load(weights)
+        grey = torch.tensor([0.0, 128.0, 255.0, 255.0]).unsqueeze(1).expand(4, 3)
+        assert torch.equal(features(images), torch.nn.functional.linear(grey, *state.values()).double())
+        assert (features.name, features.accuracy) == ("FID", None)
+        assert features.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    def test_files_of_something_else(self, weights):
+        torch.save({"fc.weight": torch.zeros(2, 3)}, weights)
+        with pytest.raises(ValueError, match="does not hold the weights of torch-fidelity's Inception-v3"):
+            inception_features(weights)
+
+    def test_code_in_a_file_is_not_run(self, weights, tmp_path):
+        class Evil:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "run",)
+
+        torch.save({"fc.weight": Evil()}, weights)
+        with pytest.raises(ValueError, match="does not hold the weights"):
+            inception_features(weights)
+        assert not (tmp_path / "run").exists()
+
+    def test_channels(self, weights):
+        with pytest.raises(ValueError, match=r"1 or 3 channels, got \(2, 4, 8, 8\)"):
+            inception_features(weights)(torch.zeros(2, 4, 8, 8))
+
+    def test_without_torch_fidelity(self, weights, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+        with pytest.raises(ImportError, match="pip install torch-fidelity"):
+            inception_features(weights)
+
+
+def test_images_of_other_channels():
+    with pytest.raises(ValueError, match=r"takes images \(N, 3, H, W\), got \(2, 1, 32, 32\)"):
+        Classifier(3, 10).features(torch.zeros(2, 1, 32, 32))
 
 
 def test_images_of_colour():

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from sparsedm_compile.cli import app
 from sparsedm_compile.layers import layer_pattern, sparse_layers
 from sparsedm_compile.masks import magnitude_mask
+from sparsedm_compile.quality.features import Features
 from sparsedm_compile.recipes.config import load_recipe
 from sparsedm_compile.recipes.data import load_images
 from sparsedm_compile.recipes.workspace import Workspace
@@ -166,6 +167,21 @@ def test_quality_judges_rows_and_writes_the_report(made):
     assert json.loads(again.stdout)["rows"] == report["rows"]
 
 
+def test_with_inception_distances_are_fids_in_a_folder_of_their_own(made, monkeypatch, tmp_path):
+    """A stand-in for its 24 million weights: the first two values of an image."""
+    stand_in = Features("FID", "ab" * 32, lambda images: images.flatten(1)[:, 27:29])
+    monkeypatch.setattr("sparsedm_compile.quality.features.inception_features", lambda path, device: stand_in)
+    made.succeed("quality", "--row", "dense", "--seeds", "1")
+    fd_cnn = (made.folder / "scores" / "dense.json").read_text()
+    result = made.succeed("quality", "--json", "--row", "dense", "--seeds", "1", "--inception", str(tmp_path))
+    report = json.loads(result.stdout)
+    assert report["metric"] == "FID"
+    assert report["features_sha256"] == "ab" * 32
+    assert (made.folder / "scores" / "dense.json").read_text() == fd_cnn
+    assert (made.folder / "scores-fid" / "dense.json").exists()
+    assert "FID" in (made.folder / "report.html").read_text()
+
+
 def test_what_another_recipe_made_or_judged_is_refused(made, tmp_path):
     changed = tmp_path / "tiny.toml"
     changed.write_text(RECIPE.replace("steps = 3", "steps = 4"))
@@ -189,6 +205,9 @@ def test_errors(made):
     result = CliRunner().invoke(app, ["train", "fashion-mnist", "--out", str(made.folder)])
     assert result.exit_code == 2
     assert "fashion_mnist_28.npz" in result.output
+    result = made("quality", "--inception", "missing.pth")
+    assert result.exit_code == 2
+    assert "Inception weights missing.pth do not exist" in " ".join(result.output.split())
     result = made("train", "--device", "tpu")
     assert result.exit_code == 2
     assert "device 'tpu' cannot be used" in result.output
