@@ -71,6 +71,19 @@ def calibration_set(
     ]
 
 
+def check_calibration(calibration: Sequence[CalibrationBatch]) -> None:
+    """Refuse what is no calibration data.
+
+    Raises:
+        TypeError: not a list of :class:`CalibrationBatch`.
+        ValueError: it is empty.
+    """
+    if not isinstance(calibration, Sequence) or not all(isinstance(batch, CalibrationBatch) for batch in calibration):
+        raise TypeError("calibration must be a list of CalibrationBatch, as calibration_set(batches) makes it")
+    if not calibration:
+        raise ValueError("calibration is empty: there is nothing to measure on; see calibration_set(batches)")
+
+
 def _stratified_times(process: NoiseProcess, samples: int, generator: torch.Generator) -> Tensor:
     # By quantiles of draws, which needs nothing of a process but that it draws times: discrete and non-uniform ones
     # are served alike.

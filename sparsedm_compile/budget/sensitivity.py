@@ -1,6 +1,6 @@
 """What each pattern of each layer costs in quality, measured one layer at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -12,7 +12,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from sparsedm_compile.budget.choices import Choice, layer_choices
-from sparsedm_compile.calibration import CalibrationBatch
+from sparsedm_compile.calibration import CalibrationBatch, check_calibration
 from sparsedm_compile.masked_weight import mask_out
 from sparsedm_compile.modes import evaluating
 from sparsedm_compile.pattern import Pattern
@@ -106,7 +106,6 @@ def measure_sensitivity(
     return Sensitivity(damage)
 
 
-@torch.no_grad()
 def output_errors(
     model: nn.Module,
     calibration: Sequence[CalibrationBatch],
@@ -123,47 +122,58 @@ def output_errors(
     Raises: as :func:`measure_sensitivity`.
     """
     model = unwrap(model)
-    check_calibration(calibration)
     names = zip(model.named_modules(), named_modules(model), strict=True)
     paths = {name: path for (path, _), (name, _) in names}
     modules = dict(named_modules(model))
-    device = next(model.parameters()).device
-
-    def predict(batch: CalibrationBatch, weights: Mapping[str, Tensor]) -> Tensor:
-        inputs = tuple(tensor.to(device) for tensor in batch.inputs)
-        output = functional_call(model, weights, inputs, tie_weights=False)
-        predicted = getattr(output, "sample", output)  # the field of diffusers' outputs
-        if not isinstance(predicted, Tensor):
-            raise TypeError(
-                f"{type(model).__name__} answers {type(output).__name__}: wrap it in a module that returns the "
-                "predicted noise, a tensor"
-            )
-        return predicted
-
-    with evaluating(model), torch.compiler.set_stance("force_eager"):
-        dense = [predict(batch, {}) for batch in calibration]
-        if not all(torch.isfinite(output).all() for output in dense):
-            raise ValueError(f"{type(model).__name__} predicts noise that is not finite on the calibration batches")
-        elements = sum(output.numel() for output in dense)
-        errors = []
-        for patterns in tqdm(assignments, desc="sensitivity", unit="plan", disable=not progress, leave=False):
-            weights = {}
-            for name, pattern in patterns.items():
-                weights[f"{paths[name]}.weight".lstrip(".")] = mask_out(modules[name].weight, str(pattern))
-            squares = (
-                (predict(batch, weights).double() - expected.double()).square().sum().item()
-                for batch, expected in zip(calibration, dense, strict=True)
-            )
-            errors.append(sum(squares) / elements)
-            if not isfinite(errors[-1]):
-                spelled = ", ".join(f"{name}: {pattern}" for name, pattern in list(patterns.items())[:4])
-                raise ValueError(f"{type(model).__name__} predicts noise that is not finite with {spelled}")
+    output_error, errors = OutputError(model, calibration), []
+    for patterns in tqdm(assignments, desc="sensitivity", unit="plan", disable=not progress, leave=False):
+        weights = {}
+        for name, pattern in patterns.items():
+            weights[f"{paths[name]}.weight".lstrip(".")] = mask_out(modules[name].weight, str(pattern))
+        errors.append(output_error(weights))
+        if not isfinite(errors[-1]):
+            spelled = ", ".join(f"{name}: {pattern}" for name, pattern in list(patterns.items())[:4])
+            raise ValueError(f"{type(model).__name__} predicts noise that is not finite with {spelled}")
     return errors
 
 
-def check_calibration(calibration: Sequence[CalibrationBatch]) -> None:
-    """Refuse what :func:`measure_sensitivity` cannot measure on."""
-    if not isinstance(calibration, Sequence) or not all(isinstance(batch, CalibrationBatch) for batch in calibration):
-        raise TypeError("calibration must be a list of CalibrationBatch, as calibration_set(batches) makes it")
-    if not calibration:
-        raise ValueError("calibration is empty: there is nothing to measure on; see calibration_set(batches)")
+class OutputError:
+    """How far other weights take a model's output from where it is: mean squared difference on calibration data.
+
+    Args:
+        model: run in eval mode, eagerly; never changed.
+
+    Raises:
+        ValueError: no calibration batches; outputs that are not finite.
+        TypeError: calibration that is none; a model that answers neither a tensor nor an output of diffusers.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Sequence[CalibrationBatch]) -> None:
+        check_calibration(calibration)
+        self._model, self._calibration = model, calibration
+        self._outputs = list(self._predict({}))
+        if not all(torch.isfinite(output).all() for output in self._outputs):
+            raise ValueError(f"{type(model).__name__} predicts noise that is not finite on the calibration batches")
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> float:
+        """The error with ``tensors``, by the names of the parameters and buffers that they stand in for."""
+        squares = (
+            (output.double() - expected.double()).square().sum().item()
+            for output, expected in zip(self._predict(tensors), self._outputs, strict=True)
+        )
+        return sum(squares) / sum(output.numel() for output in self._outputs)
+
+    @torch.no_grad()
+    def _predict(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        device = next(self._model.parameters()).device
+        for batch in self._calibration:
+            inputs = tuple(tensor.to(device) for tensor in batch.inputs)
+            with evaluating(self._model), torch.compiler.set_stance("force_eager"):
+                output = functional_call(self._model, dict(tensors), inputs, tie_weights=False)
+            predicted = getattr(output, "sample", output)  # the field of diffusers' outputs
+            if not isinstance(predicted, Tensor):
+                raise TypeError(
+                    f"{type(self._model).__name__} answers {type(output).__name__}: wrap it in a module that returns "
+                    "the predicted noise, a tensor"
+                )
+            yield predicted

@@ -57,12 +57,16 @@ class PermutationReport(RichText):
         difference: of the outputs before and after, relative: ``||after - before|| / ||before||``, the worst tensor's.
         unused: parameters that the call did not use; they were not permuted, so other calls that do use them must not
             share a permuted axis with them.
+        damage_before, damage_after: mean squared change of the output on the calibration data when every layer is
+            pruned by magnitude; None without such data.
     """
 
     axes: tuple[AxisReport, ...]
     layers: tuple[LayerKept, ...]
     difference: float
     unused: tuple[str, ...]
+    damage_before: float | None = None
+    damage_after: float | None = None
 
     @property
     def kept_before(self) -> float:
@@ -99,6 +103,8 @@ class PermutationReport(RichText):
         for layer in self.layers:
             kept.add_row(layer.name or "(model)", layer.pattern, f"{layer.before:.2%}", f"{layer.after:.2%}")
         parts = [axes, kept]
+        if self.damage_before is not None:
+            parts.append(f"damage of pruning on calibration data: {self.damage_before:.4g} -> {self.damage_after:.4g}")
         if self.unused:
             parts.append(f"not used by this call, not permuted: {', '.join(self.unused)}")
         return Group(*parts)

@@ -176,8 +176,8 @@ def inception_features(weights: Path, device: torch.device | str = "cpu") -> Fea
         raise FileNotFoundError(f"Inception weights {weights} do not exist; leave them out to use the small classifier")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ModuleNotFoundError as error:
-        raise ImportError("Inception features need torch-fidelity: pip install torch-fidelity") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, which it imports, is of another torch
+        raise ImportError(f"Inception features need torch-fidelity ({error}): pip install torch-fidelity") from error
     try:
         torch.load(weights, weights_only=True, map_location="meta")  # torch-fidelity would unpickle whatever it holds
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)

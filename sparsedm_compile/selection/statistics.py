@@ -16,7 +16,6 @@ from sparsedm_compile.selection.matrix import input_rows
 _CHUNK = 1 << 24
 
 
-@torch.no_grad()
 def input_grams(
     model: nn.Module, layers: Mapping[str, Sequence[nn.Module]], calibration: Sequence[CalibrationBatch]
 ) -> dict[str, Tensor]:
@@ -36,41 +35,66 @@ def input_grams(
     Raises:
         ValueError: a layer was not called, or saw inputs that are not finite.
     """
+    # The products too in float64: compensated weights err where inputs hardly vary, and float32 would lose those
+    # directions beside the large ones.
+    return _sums(model, layers, calibration, lambda rows: rows.mT @ rows)
+
+
+def mean_squares(
+    model: nn.Module, layers: Mapping[str, Sequence[nn.Module]], calibration: Sequence[CalibrationBatch]
+) -> dict[str, Tensor]:
+    """The mean square of each input over all rows that a layer sees.
+
+    Returns:
+        Name -> float64 ``(groups, K)``.
+
+    Args, Raises: as :func:`input_grams`.
+    """
+
+    def squares_and_count(rows: Tensor) -> Tensor:
+        return torch.cat([rows.square().sum(1), rows.new_full((len(rows), 1), rows.shape[1])], dim=1)
+
+    sums = _sums(model, layers, calibration, squares_and_count)
+    return {name: squares[:, :-1] / squares[:, -1:] for name, squares in sums.items()}
+
+
+@torch.no_grad()
+def _sums(
+    model: nn.Module,
+    layers: Mapping[str, Sequence[nn.Module]],
+    calibration: Sequence[CalibrationBatch],
+    of_rows: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The sum of ``of_rows`` over all rows ``(groups, rows, K)`` that each layer sees."""
     device = next(iter(layers.values()))[0].weight.device
-    grams: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for name, modules in layers.items():
             for module in modules:
-                hook = module.register_forward_pre_hook(_accumulate(grams, name), with_kwargs=True)
+                hook = module.register_forward_pre_hook(_accumulate(sums, name, of_rows), with_kwargs=True)
                 hooks.callback(hook.remove)
         for batch in calibration:
             model(*(tensor.to(device) for tensor in batch.inputs))
     for name in layers:
-        if name not in grams:
+        if name not in sums:
             raise ValueError(
                 f"layer {name!r} is not called by model(*inputs) on the calibration data, so nothing is known of its "
                 f'inputs; leave it dense with rules={{"{name}": "dense"}}'
             )
-        if not torch.isfinite(grams[name]).all():
+        if not torch.isfinite(sums[name]).all():
             raise ValueError(f"layer {name!r} sees inputs that are not finite on the calibration data")
-    return grams
+    return sums
 
 
-def _accumulate(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _accumulate(sums: dict[str, Tensor], name: str, of_rows: Callable[[Tensor], Tensor]) -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else kwargs["input"]).detach()
         if isinstance(layer, nn.Conv2d):
             x = x.reshape(-1, *x.shape[-3:])  # it may come without a batch dimension
-        width = layer.weight[0].numel()
-        if name not in grams:
-            shape = (getattr(layer, "groups", 1), width, width)
-            grams[name] = torch.zeros(shape, dtype=torch.float64, device=x.device)
         unfolded = math.prod(x.shape[1:]) * math.prod(layer.weight.shape[2:])
         for part in x.split(max(1, _CHUNK // max(1, unfolded))):
-            # The products too in float64: compensated weights err where inputs hardly vary, and float32 would lose
-            # those directions beside the large ones.
-            rows = input_rows(layer, part.double())
-            grams[name].baddbmm_(rows.mT, rows)
+            part_sum = of_rows(input_rows(layer, part.double()))
+            sums[name] = sums[name].add_(part_sum) if name in sums else part_sum
 
     return hook
 

@@ -1,6 +1,7 @@
 """permute_channels: in place, checked at run time, undone on any error; what it reports and what it refuses."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsedm_compile as sdm
+from sparsedm_compile.calibration import CalibrationBatch
 from sparsedm_compile.permutation import permute, permute_channels
 from sparsedm_compile.permutation.propagation import Propagation
 
@@ -80,6 +82,74 @@ def test_the_report_says_what_is_kept_by_the_masks(mlp, x):
             weight = model.get_submodule(layer.name).weight.detach().abs().double()
             groups = weight.unflatten(1, (-1, 4)).sort(-1).values
             assert share == pytest.approx((groups[..., 2:].sum() / groups.sum()).item())
+
+
+def calibration_of(*inputs):
+    return [CalibrationBatch((part,), part) for x in inputs for part in x.split(3)]
+
+
+def pruned_damage(model, x, pattern="2:4", **options):
+    sparse = copy.deepcopy(model).eval()
+    dense = in_float64(sparse, x)
+    sdm.sparsify(sparse, pattern, **options)
+    return (in_float64(sparse, x) - dense).square().mean().item()
+
+
+class TestByCalibration:
+    @pytest.fixture
+    def even(self, mlp):
+        """Weights that are all of one size, behind hidden channels of which every second quarter is loud."""
+        with torch.no_grad():
+            mlp.down.weight.copy_(torch.randn(mlp.down.weight.shape).sign() * (1 + 0.01 * torch.rand(16, 32)))
+            mlp.up.weight.mul_(0.1)
+            mlp.up.bias.copy_((torch.arange(32) // 4 % 2) * 4.0)
+        return mlp
+
+    @pytest.mark.parametrize("pattern", ["2:4", "2:4v4"])
+    def test_the_damage_is_what_pruning_does_and_falls(self, even, x, pattern):
+        before, dense = pruned_damage(even, x, pattern, policy="all"), in_float64(even, x)
+        report = permute_channels(even, x, pattern=pattern, policy="all", calibration=calibration_of(x))
+        assert (in_float64(even, x) - dense).abs().max() < 1e-12
+        assert report.damage_before == pytest.approx(before, rel=1e-4)
+        assert report.damage_after == pytest.approx(pruned_damage(even, x, pattern, policy="all"), rel=1e-4)
+        assert report.damage_after < 0.97 * before
+        assert f"{report.damage_before:.4g} -> {report.damage_after:.4g}" in str(report)
+
+    def test_an_order_that_does_harm_is_not_taken(self, mlp, x):
+        """Large weights, crowded in one group, multiply silence; spread out they displace what is heard."""
+        with torch.no_grad():
+            mlp.down.weight.copy_(torch.rand(16, 32) + 0.1)
+            mlp.down.weight[:, :4] += 9
+            mlp.up.weight[:4], mlp.up.bias[:4] = 0, 0
+        options = {"policy": "all", "rules": {"up": "dense"}}
+        before, misled = pruned_damage(mlp, x, **options), copy.deepcopy(mlp)
+        permute_channels(misled, x, **options)
+        assert pruned_damage(misled, x, **options) > 1.2 * before
+        report = permute_channels(mlp, x, calibration=calibration_of(x), **options)
+        assert pruned_damage(mlp, x, **options) == pytest.approx(report.damage_after, rel=1e-4)
+        assert report.damage_after <= before * (1 + 1e-4)
+
+    def test_scores_of_a_convolution_are_those_of_its_taps(self):
+        torch.manual_seed(0)
+        model = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
+        x = torch.randn(6, 8, 5, 5)
+        padded = F.pad(x, (1, 1, 1, 1)).double()
+        expected = model.weight.detach().double().abs()
+        for out, c, i, j in itertools.product(range(8), range(4), range(3), range(3)):
+            seen = padded[:, out // 4 * 4 + c, i : i + 5 : 2, j : j + 5 : 2]
+            expected[out, c, i, j] *= seen.square().mean().sqrt()
+        scores = permute._times_inputs(model, {"": model.weight.detach().abs()}, calibration_of(x))
+        torch.testing.assert_close(scores[""].double(), expected, rtol=1e-5, atol=1e-6)
+
+    def test_refused(self, mlp, x):
+        state = state_of(mlp)
+        with pytest.raises(ValueError, match="calibration is empty"):
+            permute_channels(mlp, x, calibration=[])
+        with pytest.raises(TypeError, match=r"must be a list of CalibrationBatch, as calibration_set\(batches\) makes"):
+            permute_channels(mlp, x, calibration=[x])
+        with pytest.raises(ValueError, match="predicts noise that is not finite on the calibration batches"):
+            permute_channels(mlp, x, policy="all", calibration=calibration_of(x * torch.inf))
+        assert_same_state(mlp, state)
 
 
 def test_the_report_says_what_moved_and_why_the_rest_did_not(mlp, x):

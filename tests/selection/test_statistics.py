@@ -7,7 +7,7 @@ from torch import nn
 
 from sparsedm_compile.calibration import CalibrationBatch
 from sparsedm_compile.selection import statistics
-from sparsedm_compile.selection.statistics import input_grams, output_error
+from sparsedm_compile.selection.statistics import input_grams, mean_squares, output_error
 
 
 def calibration(*inputs: torch.Tensor) -> list[CalibrationBatch]:
@@ -31,6 +31,14 @@ class TestGrams:
         rows = torch.cat(xs).reshape(-1, width)
         torch.testing.assert_close(grams["a"][0], gram_by_loops(rows))
         torch.testing.assert_close(grams["b"][0], gram_by_loops(model[:2](rows).detach()))
+
+    def test_mean_squares_are_the_diagonal_by_rows(self):
+        model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+        xs = [torch.randn(2, 4, 5, 6), torch.randn(1, 4, 5, 6)]
+        layers = {"a": [model[0]], "b": [model[2]]}
+        grams, squares = input_grams(model, layers, calibration(*xs)), mean_squares(model, layers, calibration(*xs))
+        for name, gram in grams.items():
+            torch.testing.assert_close(squares[name], gram.diagonal(dim1=1, dim2=2) / (3 * 5 * 6))
 
     @pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
     def test_conv2d_by_cutting_out_patches(self, chunk, monkeypatch):
