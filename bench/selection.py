@@ -6,6 +6,7 @@ The U-ViT of ``make demo`` on held-out digits; denoising loss, the same noise fo
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -27,11 +28,13 @@ def loss(model: torch.nn.Module, batches: list[CalibrationBatch]) -> float:
 
 def rows(pattern: str, calibration: list[CalibrationBatch], held_out: list[CalibrationBatch]):
     for permuted in (False, True):
+        dense = load_model()
+        if permuted:
+            inputs = (tensor[:2] for tensor in calibration[0].inputs)
+            sdm.permute_channels(dense, *inputs, pattern=pattern, policy=POLICY)
         for method in METHODS:
             for refit in (False, True):
-                model = load_model()
-                if permuted:
-                    sdm.permute_channels(model, *(t[:2] for t in calibration[0].inputs), pattern=pattern, policy=POLICY)
+                model = copy.deepcopy(dense)
                 sdm.sparsify(model, pattern, policy=POLICY)
                 sdm.select_masks(model, calibration, method, refit=refit, progress=False)
                 yield {
@@ -50,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     train, test = load_digits()
     calibration = sdm.calibration_set([train])
-    held_out = sdm.calibration_set([test], samples=1000, batch=250, seed=1)
+    held_out = sdm.calibration_set([test], samples=500, batch=250, seed=1)
     result = {
         "kind": "selection",
         "dense": loss(load_model(), held_out),
