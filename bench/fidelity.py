@@ -58,7 +58,7 @@ def layer_rows(case: str, shapes: list[LayerShape], pattern: str, dtype: torch.d
         value = dense
         if name is not None:
             kernel = get_kernel(name)
-            run = kernel.linear if spec.op == "linear" else kernel.conv2d
+            run = kernel.linear if spec.op == "linear" else kernel.conv
             value = error(run(x, *kernel.pack(weight, spec), spec, Epilogue()), exact)
         yield _row(case, shape.name, dtype, pattern, name or "dense", value, dense)
 

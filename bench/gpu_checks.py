@@ -104,7 +104,7 @@ def random_error(kernel: Kernel, spec: LayerSpec, shape: tuple[int, ...], activa
     else:
         x = x.contiguous(memory_format=torch.channels_last)
         product = F.conv2d(x.double(), masked, bias.double(), spec.stride, spec.padding)
-        run = kernel.conv2d
+        run = kernel.conv
     residual = random(*product.shape)
     expected = _ACTIVATIONS[activation](product) + residual.double()
     with poisoned():

@@ -77,7 +77,7 @@ def layer_candidates(
             except Exception as error:
                 reasons[name] = f"{type(error).__name__}: {error}"
                 break
-            run = kernel.linear if s.op == "linear" else kernel.conv2d
+            run = kernel.linear if s.op == "linear" else kernel.conv
             candidates[f"{name} {s.pattern}"] = lambda run=run, p=packed, s=s: run(x, *p, s, Epilogue(bias))
             break
     return candidates, {name: why for name, why in reasons.items() if why}

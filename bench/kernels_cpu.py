@@ -100,7 +100,7 @@ def measure(case: Case, patterns: Iterable[str], seconds: float, gflops: float |
                 refusals.append(f"{pattern}: {refusal}")
                 continue
             packed = kernel.pack(weight, spec)
-            run = kernel.conv2d if spec.op == "conv2d" else kernel.linear
+            run = kernel.conv if spec.op == "conv2d" else kernel.linear
             candidates[pattern] = lambda run=run, packed=packed, spec=spec: run(x, *packed, spec, Epilogue())
             out = candidates[pattern]()
             error = relative_error(spec, x, weight * magnitude_mask(weight, spec.pattern), out)

@@ -14,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 
 from sparsedm_compile.cuda_graph import capture
 from sparsedm_compile.kernels import get_kernel, kernel_names
-from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
+from sparsedm_compile.kernels.registry import Epilogue, LayerSpec, convolve
 from sparsedm_compile.kernels.verdicts import Verdict, VerdictStore
 from sparsedm_compile.masked_weight import mask_out
 from sparsedm_compile.timing import median_ratio, paired_times
@@ -76,19 +76,21 @@ def choose(
     sparse = [name for name in able if get_kernel(name).skips_zeros]
     if not able:
         return Verdict(_NATIVE, _explain_refusals(refusals))
+    if spec.op != "linear" and x.dim() == 3:
+        x = x.contiguous().unsqueeze(2)  # of a conv1d, as kernels see it
     shape = _measured_shape(x)
     if shape is None:
         return Verdict(_NATIVE, "a size of its input is unknown until it runs, so no kernel can be measured on it")
-    nhwc = suggest_memory_format(x) == torch.channels_last
+    memory_format = suggest_memory_format(x)
     threads = torch.get_num_threads()
     versions = {name: get_kernel(name).version for name in able}
     graphs = graphs and spec.device == "cuda"
-    key = repr((spec, shape, nhwc, has_bias, threads, versions, *(["graphs"] if graphs else [])))
+    key = repr((spec, shape, memory_format, has_bias, threads, versions, *(["graphs"] if graphs else [])))
     # One measurement at a time: two at once would time each other.
     with _lock:
         verdict = _store.get(key)
         if verdict is None:
-            verdict = _measure(spec, shape, nhwc, has_bias, able, graphs)
+            verdict = _measure(spec, shape, memory_format, has_bias, able, graphs)
             _store.put(key, verdict)
     if not sparse and not spec.pattern.is_dense:
         return Verdict(verdict.kernel, _explain_refusals(refusals), None, verdict.dense_seconds, None)
@@ -100,7 +102,12 @@ def _explain_refusals(refusals: dict[str, str | None]) -> str:
 
 
 def _measure(
-    spec: LayerSpec, shape: tuple[int, ...], nhwc: bool, has_bias: bool, able: list[str], graphs: bool
+    spec: LayerSpec,
+    shape: tuple[int, ...],
+    memory_format: torch.memory_format,
+    has_bias: bool,
+    able: list[str],
+    graphs: bool,
 ) -> Verdict:
     generator = torch.Generator(spec.device).manual_seed(0)
 
@@ -108,16 +115,15 @@ def _measure(
         return torch.randn(*size, generator=generator, device=spec.device).to(spec.dtype)
 
     with torch.inference_mode(False), torch.no_grad():
-        x, weight = random(*shape), random(*spec.weight_shape) / math.sqrt(math.prod(spec.weight_shape[1:]))
-        if nhwc:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = random(*shape).contiguous(memory_format=memory_format)
+        weight = random(*spec.weight_shape) / math.sqrt(math.prod(spec.weight_shape[1:]))
         bias = random(spec.weight_shape[0]) if has_bias else None
         masked = weight if spec.pattern.is_dense else mask_out(weight, str(spec.pattern))
         candidates: dict[str, Callable[[], Tensor]] = {_NATIVE: lambda: _native(x, masked, bias, spec)}
         for name in able:
             kernel = get_kernel(name)
             values, index = kernel.pack(weight, spec)
-            run = kernel.linear if spec.op == "linear" else kernel.conv2d
+            run = kernel.linear if spec.op == "linear" else kernel.conv
             candidates[name] = lambda run=run, v=values, i=index: run(x, v, i, spec, Epilogue(bias))
         if spec.device == "cuda":
             rows = _in_rows(candidates, graphs)
@@ -167,7 +173,7 @@ def _row(run: Callable[[], Tensor]) -> None:
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
     if spec.op == "linear":
         return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    return convolve(x, weight, bias, spec)
 
 
 def _measured_shape(x: Tensor) -> tuple[int, ...] | None:

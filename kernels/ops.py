@@ -1,4 +1,4 @@
-"""The operators ``sparsedm::linear``, ``conv2d`` and ``unpack``: a layer run from its packed weight.
+"""The operators ``sparsedm::linear``, ``conv`` and ``unpack``: a layer run from its packed weight.
 
 They only read the constants of the call and hand it to the kernel named in it, so a graph shows which kernel ran.
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from sparsedm_compile.kernels import get_kernel
-from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
+from sparsedm_compile.kernels.registry import Epilogue, LayerSpec, convolve
 from sparsedm_compile.pattern import Pattern
 
 _PACKED = "Tensor values, Tensor index"
 _LAYER = "str kernel, str pattern, int[] weight_shape"
-_CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_CONV = "int[] stride, int[] padding, int[] dilation, int groups"
 _EPILOGUE = 'Tensor? bias=None, str activation="none", Tensor? residual=None'
 
 torch.library.define("sparsedm::linear", f"(Tensor x, {_PACKED}, {_LAYER}, {_EPILOGUE}) -> Tensor")
-torch.library.define("sparsedm::conv2d", f"(Tensor x, {_PACKED}, {_LAYER}, {_CONV}, {_EPILOGUE}) -> Tensor")
+torch.library.define("sparsedm::conv", f"(Tensor x, {_PACKED}, {_LAYER}, {_CONV}, {_EPILOGUE}) -> Tensor")
 torch.library.define("sparsedm::unpack", f"({_PACKED}, str op, {_LAYER}, {_CONV}) -> Tensor")
 
 
@@ -45,7 +45,23 @@ def _linear(
     return get_kernel(kernel).linear(x, values, index, spec, Epilogue(bias, activation, residual))
 
 
-def _conv2d(
+def _conv_spec(x: Tensor, pattern: str, weight_shape: Sequence[int], *conv) -> LayerSpec:
+    stride, padding, dilation, groups = conv
+    constants = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _spec(f"conv{len(weight_shape) - 2}d", pattern, tuple(weight_shape), x.dtype, x.device.type, *constants)
+
+
+def _is_flat(x: Tensor, weight_shape: Sequence[int]) -> bool:
+    """Whether x is the input of a conv1d, ``(B, C, L)``, whose constants are those of the conv2d of height 1."""
+    return x.dim() == 3 and len(weight_shape) == 4
+
+
+def _with_height(x: Tensor) -> Tensor:
+    # Contiguous, so that nobody takes it for channels_last: dense conv1d answers contiguous whatever the strides.
+    return x.contiguous().unsqueeze(2)
+
+
+def _conv(
     x: Tensor,
     values: Tensor,
     index: Tensor,
@@ -60,9 +76,12 @@ def _conv2d(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    conv = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    spec = _spec("conv2d", pattern, tuple(weight_shape), x.dtype, x.device.type, *conv)
-    return get_kernel(kernel).conv2d(x, values, index, spec, Epilogue(bias, activation, residual))
+    flat = _is_flat(x, weight_shape)
+    if flat:
+        x, residual = _with_height(x), None if residual is None else _with_height(residual)
+    spec = _conv_spec(x, pattern, weight_shape, stride, padding, dilation, groups)
+    out = get_kernel(kernel).conv(x, values, index, spec, Epilogue(bias, activation, residual))
+    return out.squeeze(2) if flat else out
 
 
 def _unpack(
@@ -83,7 +102,7 @@ def _unpack(
 
 
 torch.library.impl("sparsedm::linear", "CompositeExplicitAutograd", _linear)
-torch.library.impl("sparsedm::conv2d", "CompositeExplicitAutograd", _conv2d)
+torch.library.impl("sparsedm::conv", "CompositeExplicitAutograd", _conv)
 torch.library.impl("sparsedm::unpack", "CompositeExplicitAutograd", _unpack)
 
 
@@ -96,8 +115,8 @@ def _linear_fake(x, values, index, kernel, pattern, weight_shape, bias=None, act
     return x.new_empty(*x.shape[:-1], weight_shape[0])
 
 
-@torch.library.register_fake("sparsedm::conv2d")
-def _conv2d_fake(
+@torch.library.register_fake("sparsedm::conv")
+def _conv_fake(
     x,
     values,
     index,
@@ -112,8 +131,15 @@ def _conv2d_fake(
     activation="none",
     residual=None,
 ):
-    # Dense conv2d decides the size and the memory format, so that the swap is invisible downstream.
-    return F.conv2d(x, x.new_empty(tuple(weight_shape)), None, stride, padding, dilation, groups)
+    # Dense decides the size and the memory format, so that the swap is invisible downstream.
+    return _dense_conv(x, x.new_empty(tuple(weight_shape)), None, pattern, stride, padding, dilation, groups)
+
+
+def _dense_conv(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: str, *conv) -> Tensor:
+    spec = _conv_spec(x, pattern, weight.shape, *conv)
+    if _is_flat(x, weight.shape):
+        return convolve(_with_height(x), weight, bias, spec).squeeze(2)
+    return convolve(x, weight, bias, spec)
 
 
 @torch.library.register_fake("sparsedm::unpack")
@@ -154,33 +180,35 @@ def _linear_backward(ctx, grad):
     return grad_product @ weight, None, None, None, None, None, grad_bias, None, grad if ctx.has_residual else None
 
 
-def _conv2d_backward(ctx, grad):
+def _conv_backward(ctx, grad):
     x, values, index, bias = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.conv
-    weight = torch.ops.sparsedm.unpack(values, index, "conv2d", ctx.kernel, ctx.pattern, ctx.weight_shape, *ctx.conv)
+    op = f"conv{len(ctx.weight_shape) - 2}d"
+    weight = torch.ops.sparsedm.unpack(values, index, op, ctx.kernel, ctx.pattern, ctx.weight_shape, *ctx.conv)
     grad_product = grad
     if ctx.activation != "none":
-        product = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        product = _dense_conv(x, weight, bias, ctx.pattern, *ctx.conv)
         grad_product = _activation_grad(grad, product, ctx.activation)
+    flat = _is_flat(x, ctx.weight_shape)
     grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
-        grad_product,
-        x,
+        grad_product.unsqueeze(2) if flat else grad_product,
+        x.unsqueeze(2) if flat else x,
         weight,
         [weight.shape[0]] if ctx.has_bias else None,
         stride,
         padding,
         dilation,
         False,
-        [0, 0],
+        [0] * len(stride),
         groups,
         [True, False, ctx.has_bias],
     )
     constants = [None] * 9
-    return grad_x, *constants, grad_bias, None, grad if ctx.has_residual else None
+    return grad_x.squeeze(2) if flat else grad_x, *constants, grad_bias, None, grad if ctx.has_residual else None
 
 
 torch.library.register_autograd("sparsedm::linear", _linear_backward, setup_context=_save_for_backward)
-torch.library.register_autograd("sparsedm::conv2d", _conv2d_backward, setup_context=_save_for_backward)
+torch.library.register_autograd("sparsedm::conv", _conv_backward, setup_context=_save_for_backward)
 
 
 # FLOPs that are done, not FLOPs that a dense layer would do: a count that ignores the zeros is the commonest complaint.
@@ -191,7 +219,7 @@ def _linear_flops(x_shape, values_shape, index_shape, kernel, pattern, weight_sh
     return 2 * tokens * weight_shape[0] * weight_shape[1] * p.n // p.m
 
 
-@register_flop_formula(torch.ops.sparsedm.conv2d)
-def _conv2d_flops(x_shape, values_shape, index_shape, kernel, pattern, weight_shape, *args, out_shape=None, **kwargs):
+@register_flop_formula(torch.ops.sparsedm.conv)
+def _conv_flops(x_shape, values_shape, index_shape, kernel, pattern, weight_shape, *args, out_shape=None, **kwargs):
     p = Pattern.parse(pattern)
     return conv_flop_count(x_shape, weight_shape, out_shape) * p.n // p.m

@@ -1,11 +1,14 @@
 """What a kernel is: a way to pack a masked weight and to run a layer from the packed form."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from sparsedm_compile.pattern import Pattern
 
@@ -16,22 +19,41 @@ Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
 class LayerSpec:
     """The constants of one layer: what a kernel must know to take it, pack it and run it.
 
+    A conv1d is a conv2d of height 1 to every kernel: see :func:`with_height`.
+
     Attributes:
-        weight_shape: ``(out, in)`` for linear, ``(C_out, C_in / groups, kh, kw)`` for conv2d.
+        weight_shape: ``(out, in)`` for linear, ``(C_out, C_in / groups, *kernel)`` for convolutions.
         dtype: of weight and activation.
         device: type of the device, ``"cpu"`` or ``"cuda"``.
-        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, ints only; unused by linear.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, one int a dimension; unused by linear.
     """
 
-    op: Literal["linear", "conv2d"]
+    op: Literal["linear", "conv2d", "conv3d"]
     weight_shape: tuple[int, ...]
     pattern: Pattern
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
+
+
+def with_height(
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """The same constants, those of a conv1d as of the conv2d of height 1 that it is."""
+    ones, zeros = ((1,), (0,)) if len(weight_shape) == 3 else ((), ())
+    return (*weight_shape[:2], *ones, *weight_shape[2:]), (*ones, *stride), (*zeros, *padding), (*ones, *dilation)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
+    """Torch's own convolution, in the memory format of x."""
+    window = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    if spec.op == "conv2d":
+        return F.conv2d(x, weight, bias, *window)
+    # F.conv3d answers contiguous where its input is so small that it does not use oneDNN.
+    return F.conv3d(x, weight, bias, *window).contiguous(memory_format=suggest_memory_format(x))
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Epilogue:
 class Kernel(ABC):
     """One way to run N:M layers. Stateless; the packed weight is two tensors that callers keep.
 
-    A packed weight is ``(values, index)``: any two tensors that the kernel's own ``linear`` / ``conv2d`` / ``unpack``
+    A packed weight is ``(values, index)``: any two tensors that the kernel's own ``linear`` / ``conv`` / ``unpack``
     understand, of shapes and dtypes that depend on the spec alone (never on the weight's values), so that layers of
     equal spec can share one compiled graph.
     """
@@ -89,5 +111,5 @@ class Kernel(ABC):
         """``x (..., in) -> (..., out)``, contiguous, for x of any strides."""
 
     @abstractmethod
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
-        """``x (B, C_in, H, W) -> (B, C_out, H', W')``, in the memory format that dense conv2d gives for this x."""
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """``x (B, C_in, *size) -> (B, C_out, *size')`` of 2 or 3 dimensions, in the memory format that dense gives."""

@@ -7,21 +7,18 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators that packed layers call)
-from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.kernels.registry import LayerSpec, with_height
 from sparsedm_compile.kernels.verdicts import Verdict
 from sparsedm_compile.passes.effects import may_write
 from sparsedm_compile.passes.lowering import LayerNode, Lowering
 from sparsedm_compile.pattern import DENSE, Pattern
 
-_OPS = {F.linear: "linear", torch.conv2d: "conv2d", F.conv2d: "conv2d"}
-_PACKED = {
-    torch.ops.sparsedm.linear: "linear",
-    torch.ops.sparsedm.linear.default: "linear",
-    torch.ops.sparsedm.conv2d: "conv2d",
-    torch.ops.sparsedm.conv2d.default: "conv2d",
-}
+_CONVS = {torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d, F.conv3d}
+_OPS = {F.linear, *_CONVS}
+_PACKED_LINEAR = {torch.ops.sparsedm.linear, torch.ops.sparsedm.linear.default}
+_PACKED = {*_PACKED_LINEAR, torch.ops.sparsedm.conv, torch.ops.sparsedm.conv.default}
 _MASKS = (torch.ops.sparsedm.masked_weight, torch.ops.sparsedm.masked_weight.default)
-_CONV_DEFAULTS = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+_CONV_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 #: The reason of a layer whose weight the graph changes; its mask has to stay in the graph.
 WRITTEN = "its weight is changed inside the compiled graph"
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
@@ -41,17 +38,17 @@ def find_layers(lowering: Lowering) -> None:
         placeholder = mask.args[0] if mask is not None else weight
         if placeholder not in positions or not _is_weight(placeholder, lowering.example_inputs[positions[placeholder]]):
             continue  # computed in the graph, or an activation that came in from outside: not a layer
-        op = _OPS[node.target]
+        is_conv = node.target in _CONVS
         value = placeholder.meta["example_value"]
         pattern = Pattern.parse(mask.args[1]) if mask is not None else DENSE
-        conv, unusual = _conv_constants(node, value.shape) if op == "conv2d" else ({}, "")
+        shape, conv, unusual = _conv_constants(node, value.shape) if is_conv else (tuple(value.shape), (), "")
         device = value.device.type
-        spec = LayerSpec(op, tuple(value.shape), pattern, value.dtype, device, **conv)
+        spec = LayerSpec(_op(shape), shape, pattern, value.dtype, device, *conv)
         if torch.is_autocast_enabled(device) or autocast_inside:
             unusual = "under autocast the layer computes in another dtype than its weight's"
         elif layer_input(node).dtype != value.dtype:
             unusual = f"input is {layer_input(node).dtype}, weight is {value.dtype}"
-        elif op == "conv2d" and layer_input(node).dim() != 4:
+        elif is_conv and layer_input(node).dim() != value.dim():
             unusual = "the input is one image without a batch dimension"
         if _is_written(placeholder):
             unusual = WRITTEN
@@ -88,7 +85,8 @@ def _is_packed_layer(node: fx.Node) -> bool:
 def _packed_layer(node: fx.Node) -> LayerNode:
     _, values, _, kernel, pattern, weight_shape, *_ = node.args
     value = values.meta["example_value"]
-    spec = LayerSpec(_PACKED[node.target], tuple(weight_shape), Pattern.parse(pattern), value.dtype, value.device.type)
+    shape = tuple(weight_shape)
+    spec = LayerSpec(_op(shape), shape, Pattern.parse(pattern), value.dtype, value.device.type)
     return LayerNode(_layer_name(values), node, values, None, spec, verdict=Verdict(kernel, "packed"))
 
 
@@ -98,7 +96,7 @@ def layer_input(node: fx.Node) -> torch.Tensor:
 
 
 def layer_bias(node: fx.Node) -> fx.Node | None:
-    """The bias argument of a ``linear`` or ``conv2d`` call."""
+    """The bias argument of a ``linear`` or convolution call."""
     return _argument(node, 2, "bias")
 
 
@@ -106,27 +104,31 @@ def _argument(node: fx.Node, position: int, name: str):
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
-def _conv_constants(node: fx.Node, weight_shape: torch.Size) -> tuple[dict, str]:
-    constants = {}
-    for position, (name, default) in enumerate(_CONV_DEFAULTS.items(), start=3):
-        given = _argument(node, position, name)
-        constants[name] = default if given is None else given
-    unusual = ""
-    if constants["padding"] == "valid":
-        constants["padding"] = (0, 0)
-    elif constants["padding"] == "same":
-        dilation = _pair(constants["dilation"])
-        extent = [d * (k - 1) for d, k in zip(dilation, weight_shape[2:], strict=True)]
-        constants["padding"] = tuple(e // 2 for e in extent)
+def _op(weight_shape: tuple[int, ...]) -> str:
+    return "linear" if len(weight_shape) == 2 else f"conv{len(weight_shape) - 2}d"
+
+
+def _conv_constants(node: fx.Node, weight_shape: torch.Size) -> tuple[tuple[int, ...], tuple, str]:
+    """Shape of the weight and ``(stride, padding, dilation, groups)`` for a kernel; what of them no kernel knows."""
+    stride, padding, dilation, groups = (
+        default if (given := _argument(node, position, name)) is None else given
+        for position, (name, default) in enumerate(_CONV_DEFAULTS.items(), start=3)
+    )
+    kernel, unusual = weight_shape[2:], ""
+    stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        extent = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = tuple(e // 2 for e in extent)
         if any(e % 2 for e in extent):
             unusual = "padding='same' with an even kernel pads one side more than the other"
-    for name in ("stride", "padding", "dilation"):
-        constants[name] = _pair(constants[name])
-    return constants, unusual
+    shape, *window = with_height(weight_shape, stride, _each(padding, len(kernel)), dilation)
+    return shape, (*window, groups), unusual
 
 
-def _pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+def _each(value, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
 
 
 def _source(placeholder: fx.Node) -> str:

@@ -19,7 +19,7 @@ class LayerNode:
 
     Attributes:
         name: of the layer in the module that was compiled, or of the placeholder where it has no name.
-        node: the ``linear`` or ``conv2d`` call, or its sparse replacement.
+        node: the ``linear`` or convolution call, or its sparse replacement.
         weight: the placeholder of the dense weight.
         mask: the ``masked_weight`` call between the two, if the layer is masked.
         spec: constants of the layer; its pattern is dense as long as there is no mask.

@@ -27,8 +27,9 @@ def swap_kernels(lowering: Lowering) -> None:
         if layer.verdict is not None:
             continue  # packed before it was compiled
         value, has_bias = layer_input(layer.node), layer_bias(layer.node) is not None
-        if _answers_channels_last(layer):
-            value = value.contiguous(memory_format=torch.channels_last)
+        memory_format = _memory_format(layer)
+        if memory_format is not None:
+            value = value.contiguous(memory_format=memory_format)
         layer.verdict = choose(layer.spec, value, has_bias, lowering.options.kernel, layer.unusual, graphs)
         if layer.verdict.kernel != "dense":
             _use_packed(lowering, layer)
@@ -38,10 +39,10 @@ def swap_kernels(lowering: Lowering) -> None:
             lowering.gm.graph.erase_node(layer.mask)
 
 
-def _answers_channels_last(layer: LayerNode) -> bool:
-    """Whether its weight alone makes dense answer in channels_last. A packed weight cannot say so: the input must."""
-    weight = layer.weight.meta["example_value"]
-    return layer.spec.op == "conv2d" and suggest_memory_format(weight) == torch.channels_last
+def _memory_format(layer: LayerNode) -> torch.memory_format | None:
+    """Channels last, where the weight is so: dense then answers so, and for a packed layer the input must ask."""
+    memory_format = suggest_memory_format(layer.weight.meta["example_value"])
+    return None if memory_format == torch.contiguous_format else memory_format
 
 
 def _use_masked(lowering: Lowering, layer: LayerNode) -> None:
@@ -55,20 +56,21 @@ def _masked(weight: Tensor, pattern: str) -> tuple[Tensor, ...]:
 
 
 def _packed(weight: Tensor, kernel: str, spec: LayerSpec) -> tuple[Tensor, ...]:
-    return get_kernel(kernel).pack(weight, spec)
+    return get_kernel(kernel).pack(weight.reshape(spec.weight_shape), spec)
 
 
 def _use_packed(lowering: Lowering, layer: LayerNode) -> None:
     spec, kernel, node = layer.spec, layer.verdict.kernel, layer.node
     values, index = lowering.add_derived(layer.weight, (kernel, spec), partial(_packed, kernel=kernel, spec=spec))
     constants = [kernel, str(spec.pattern), list(spec.weight_shape)]
-    if spec.op == "conv2d":
+    if spec.op != "linear":
         constants += [list(spec.stride), list(spec.padding), list(spec.dilation), spec.groups]
-    operator = torch.ops.sparsedm.linear.default if spec.op == "linear" else torch.ops.sparsedm.conv2d.default
+    operator = torch.ops.sparsedm.linear.default if spec.op == "linear" else torch.ops.sparsedm.conv.default
     x = node.args[0] if node.args else node.kwargs["input"]
     with lowering.gm.graph.inserting_before(node):
-        if _answers_channels_last(layer):
-            x = lowering.gm.graph.call_method("contiguous", (x,), {"memory_format": torch.channels_last})
+        memory_format = _memory_format(layer)
+        if memory_format is not None:
+            x = lowering.gm.graph.call_method("contiguous", (x,), {"memory_format": memory_format})
         swapped = lowering.gm.graph.call_function(operator, (x, values, index, *constants, layer_bias(node)))
     swapped.meta = dict(node.meta)
     node.replace_all_uses_with(swapped)

@@ -18,7 +18,7 @@ from sparsedm_compile.ema import EMA
 from sparsedm_compile.explain import Explanation, explain
 from sparsedm_compile.finetune import distillation_loss, finetune
 from sparsedm_compile.fixed_mask import FixedMask
-from sparsedm_compile.layers import SparseConv2d, SparseLinear
+from sparsedm_compile.layers import SparseConv1d, SparseConv2d, SparseConv3d, SparseLinear
 from sparsedm_compile.macs import MacsReport, RunMacs, count_macs
 from sparsedm_compile.masked_weight import masked_weight
 from sparsedm_compile.masks import magnitude_mask
@@ -63,7 +63,9 @@ __all__ = [
     "SchedulerProcess",
     "SelectionReport",
     "Sensitivity",
+    "SparseConv1d",
     "SparseConv2d",
+    "SparseConv3d",
     "SparseLinear",
     "StagedPatterns",
     "TimestepSchedule",

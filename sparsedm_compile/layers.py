@@ -1,4 +1,4 @@
-"""Layers that carry a pattern: plain subclasses of nn.Linear and nn.Conv2d, state_dict keys as they were."""
+"""Layers that carry a pattern: plain subclasses of nn.Linear and nn.Conv1d to 3d, state_dict keys as they were."""
 
 import torch
 import torch.nn.functional as F
@@ -62,18 +62,36 @@ class SparseLinear(_Sparse, nn.Linear):
         return F.linear(input, effective_weight(self.weight, self.pattern), self.bias)
 
 
-class SparseConv2d(_Sparse, nn.Conv2d):
-    """``nn.Conv2d`` whose weight is masked by ``pattern``. Made in place by :func:`sparsedm_compile.sparsify`."""
+class _SparseConv(_Sparse):
+    """A convolution whose weight is masked by ``pattern``. Made in place by :func:`sparsedm_compile.sparsify`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+        """``(B, C_in, *size) -> (B, C_out, *size')``."""
         return self._conv_forward(input, effective_weight(self.weight, self.pattern), self.bias)
 
 
-SPARSE_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+class SparseConv1d(_SparseConv, nn.Conv1d):
+    """``nn.Conv1d`` whose weight is masked by ``pattern``: ``(B, C_in, L) -> (B, C_out, L')``."""
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
+class SparseConv2d(_SparseConv, nn.Conv2d):
+    """``nn.Conv2d`` whose weight is masked by ``pattern``: ``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+
+
+class SparseConv3d(_SparseConv, nn.Conv3d):
+    """``nn.Conv3d`` whose weight is masked by ``pattern``: ``(B, C_in, D, H, W) -> (B, C_out, D', H', W')``."""
+
+
+SparseLayer = SparseLinear | SparseConv1d | SparseConv2d | SparseConv3d
+SPARSE_TYPES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: SparseLinear,
+    nn.Conv1d: SparseConv1d,
+    nn.Conv2d: SparseConv2d,
+    nn.Conv3d: SparseConv3d,
+}
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """Name -> layer, for every layer of ``model`` that carries a pattern, in registration order."""
     return {name: module for name, module in named_modules(model) if isinstance(module, _Sparse)}
 

@@ -23,6 +23,7 @@ from sparsedm_compile.planning import unwrap
 from sparsedm_compile.rendering import RichText
 
 ATTENTION = "attention"
+_MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Which weight a tensor was derived from; set on the fake tensors of one count, which die with it.
 _WEIGHT_TAG = "_sparsedm_weight_of"
 _PRIM_DEVICE = torch.ops.prim.device.default
@@ -429,8 +430,8 @@ def _patterns(model: nn.Module, plan: Mapping[str, Pattern | str] | HasPatterns 
             raise ValueError(f"plan: the model has no layer {name!r}; {hint}")
         module = modules[name]
         refusal = None
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) and not _is_packed(module):
-            refusal = f"{type(module).__name__} is neither Linear nor Conv2d"
+        if not isinstance(module, _MASKABLE) and not _is_packed(module):
+            refusal = f"{type(module).__name__} is neither Linear nor Conv1d, Conv2d or Conv3d"
         if not pattern.is_dense:
             refusal = refusal or pattern.refusal(_weight_shape(module), getattr(module, "groups", 1))
             if refusal is not None:

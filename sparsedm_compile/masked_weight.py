@@ -50,7 +50,7 @@ def masked_weight(weight: Tensor, pattern: "str | Pattern") -> Tensor:
     decay is not part of this gradient: see :class:`sparsedm_compile.SRSTE`.
 
     Args:
-        weight: ``(out, in)`` or ``(C_out, C_in / groups, kh, kw)``, any real floating dtype.
+        weight: ``(out, in)`` or ``(C_out, C_in / groups, *kernel)``, any real floating dtype.
         pattern: ``"2:4"`` or a :class:`Pattern`.
 
     Returns:

@@ -37,7 +37,7 @@ def magnitude_mask(weight: Tensor, pattern: "str | Pattern") -> Tensor:
     Source: SparseDM, arXiv 2404.10445, section 3 (mask); the tie rule is ours, the paper leaves it open.
 
     Args:
-        weight: ``(out, in)`` or ``(C_out, C_in / groups, kh, kw)``, any floating dtype.
+        weight: ``(out, in)`` or ``(C_out, C_in / groups, *kernel)``, any floating dtype.
         pattern: one that the shape can take.
 
     Returns:

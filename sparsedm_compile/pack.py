@@ -10,14 +10,13 @@ from torch import nn
 from sparsedm_compile.derived import derived_weights
 from sparsedm_compile.explain import explain
 from sparsedm_compile.kernels import get_kernel, kernel_names
-from sparsedm_compile.layers import SparseConv2d, SparseLinear, sparse_layers
-from sparsedm_compile.packed_layers import PackedConv2d, PackedLinear, packed_layers, spec_of
+from sparsedm_compile.layers import SPARSE_TYPES, SparseLayer, sparse_layers
+from sparsedm_compile.packed_layers import PACKED_TYPES, packed_layers, spec_of
 from sparsedm_compile.planning import unwrap
 from sparsedm_compile.rendering import RichText
 from sparsedm_compile.sparsify import check_weight
 
-_PACKED_TYPES = {SparseLinear: PackedLinear, SparseConv2d: PackedConv2d}
-_DENSE_TYPES = {SparseLinear: nn.Linear, SparseConv2d: nn.Conv2d}
+_DENSE_TYPES = {sparse: dense for dense, sparse in SPARSE_TYPES.items()}
 # Without a measurement: convolutions narrower than this have been seen to lose on a CPU (0.65-0.8 of dense).
 _NARROW = 32
 
@@ -105,7 +104,7 @@ def pack(model: nn.Module, *inputs: Any, **kwargs: Any) -> PackReport:
             layer.__class__ = _DENSE_TYPES[type(layer)]
             del layer.pattern
             continue
-        packed_type = _PACKED_TYPES[type(layer)]
+        packed_type = PACKED_TYPES[_DENSE_TYPES[type(layer)]]
         del layer.weight
         layer.__class__ = packed_type
         layer.weight_shape = tuple(weight.shape)
@@ -125,7 +124,7 @@ def _skipping(kernel: str) -> str:
     return kernel if kernel in kernel_names() and get_kernel(kernel).skips_zeros else "dense"
 
 
-def _kernel(layer: SparseLinear | SparseConv2d) -> str:
+def _kernel(layer: SparseLayer) -> str:
     spec = spec_of(layer, layer.weight)
     if min(spec.weight_shape[:2]) < _NARROW:
         return "dense"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
-from sparsedm_compile.kernels.registry import LayerSpec
+from sparsedm_compile.kernels.registry import LayerSpec, with_height
 from sparsedm_compile.layers import layer_pattern
 from sparsedm_compile.masked_weight import mask_out
 from sparsedm_compile.pattern import Pattern
@@ -24,14 +24,19 @@ def spec_of(layer: nn.Module, weight: Tensor) -> LayerSpec:
     shape = tuple(layer.weight_shape if hasattr(layer, "weight_shape") else layer.weight.shape)
     if len(shape) == 2:
         return LayerSpec("linear", shape, pattern, weight.dtype, weight.device.type)
-    padding = (0, 0) if _pads_first(layer) else tuple(layer.padding)
-    conv = (tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
-    return LayerSpec("conv2d", shape, pattern, weight.dtype, weight.device.type, *conv)
+    shape, *window = with_height(shape, layer.stride, _padding(layer), layer.dilation)
+    op = f"conv{len(shape) - 2}d"
+    return LayerSpec(op, shape, pattern, weight.dtype, weight.device.type, *window, layer.groups)
 
 
 def _pads_first(layer: nn.Module) -> bool:
     """Whether the padding is more than zeros, the same on both sides, which is all that kernels know."""
     return layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+
+
+def _padding(layer: nn.Module) -> tuple[int, ...]:
+    """What the kernel is to pad."""
+    return (0,) * len(layer.stride) if _pads_first(layer) else layer.padding
 
 
 class _Packed(nn.Module):
@@ -69,7 +74,7 @@ class _Packed(nn.Module):
         if kernel == _DENSE:
             values, index = mask_out(weight, self.pattern), weight.new_empty(0, dtype=torch.uint8)
         else:
-            values, index = get_kernel(kernel).pack(weight, spec)
+            values, index = get_kernel(kernel).pack(weight.reshape(spec.weight_shape), spec)
         self.kernel = kernel
         self.register_buffer("packed_values", values, persistent=False)
         self.register_buffer("packed_index", index, persistent=False)
@@ -83,7 +88,12 @@ class _Packed(nn.Module):
         """The masked dense weight, as it was packed."""
         if self.kernel == _DENSE:
             return self.packed_values
-        return get_kernel(self.kernel).unpack(self.packed_values, self.packed_index, self.spec())
+        weight = get_kernel(self.kernel).unpack(self.packed_values, self.packed_index, self.spec())
+        return weight.reshape(self.weight_shape)
+
+    def _portable(self) -> tuple[Tensor, Tensor]:
+        spec = self.spec()
+        return _PORTABLE.pack(self.unpack().reshape(spec.weight_shape), spec)
 
     def _check_use(self, input: Tensor) -> Tensor:
         """Refuse training; under autocast, bring the input to the dtype that the weight was packed in."""
@@ -113,17 +123,18 @@ class _Packed(nn.Module):
     def __getstate__(self) -> dict:
         # A layout belongs to one machine as well: a pickle carries the portable form.
         buffers = {k: v for k, v in self._buffers.items() if k not in ("packed_values", "packed_index")}
-        return {**self.__dict__, "_buffers": buffers, "_portable": _PORTABLE.pack(self.unpack(), self.spec())}
+        return {**self.__dict__, "_buffers": buffers, "_packed": self._portable()}
 
     def __setstate__(self, state: dict) -> None:
-        values, index = state.pop("_portable")
+        values, index = state.pop("_packed")
         super().__setstate__(state)
-        self._adopt_preferred(_PORTABLE.unpack(values, index, spec_of(self, values)))
+        weight = _PORTABLE.unpack(values, index, spec_of(self, values))
+        self._adopt_preferred(weight.reshape(self.weight_shape))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         p = Pattern.parse(self.pattern)
-        values, index = _PORTABLE.pack(self.unpack(), self.spec())
+        values, index = self._portable()
         for key, tensor in zip(_KEYS, (values, index, torch.tensor([p.n, p.m, p.v])), strict=True):
             destination[prefix + key] = tensor
 
@@ -150,7 +161,7 @@ class _Packed(nn.Module):
             return
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + k for k in _KEYS}}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        weight = _PORTABLE.unpack(values, index, self.spec())
+        weight = _PORTABLE.unpack(values, index, self.spec()).reshape(self.weight_shape)
         self.adopt(weight.to(self.packed_values.device, self.packed_values.dtype), self.kernel)
 
 
@@ -169,36 +180,58 @@ class PackedLinear(_Packed):
         )
 
 
-class PackedConv2d(_Packed):
-    """A convolution run from its packed weight: ``(B, C_in, H, W) -> (B, C_out, H', W')``."""
-
-    kind = "conv2d"
+class _PackedConv(_Packed):
+    """A convolution run from its packed weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+        """``(B, C_in, *size) -> (B, C_out, *size')``."""
         input = self._check_use(input)
-        stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
         if _pads_first(self):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
+        padding = _padding(self)
         if self.kernel == _DENSE:
-            return F.conv2d(input, self.packed_values, self.bias, stride, padding, dilation, groups)
-        return torch.ops.sparsedm.conv2d(
+            dense = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+            return dense(input, self.packed_values, self.bias, self.stride, padding, self.dilation, self.groups)
+        return torch.ops.sparsedm.conv(
             input,
             self.packed_values,
             self.packed_index,
             self.kernel,
             self.pattern,
-            self.weight_shape,
-            stride,
-            padding,
-            dilation,
-            groups,
+            *with_height(self.weight_shape, self.stride, padding, self.dilation),
+            self.groups,
             self.bias,
         )
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
+class PackedConv1d(_PackedConv):
+    """``(B, C_in, L) -> (B, C_out, L')``."""
+
+    kind = "conv1d"
+
+
+class PackedConv2d(_PackedConv):
+    """``(B, C_in, H, W) -> (B, C_out, H', W')``."""
+
+    kind = "conv2d"
+
+
+class PackedConv3d(_PackedConv):
+    """``(B, C_in, D, H, W) -> (B, C_out, D', H', W')``."""
+
+    kind = "conv3d"
+
+
+PackedLayer = PackedLinear | PackedConv1d | PackedConv2d | PackedConv3d
+PACKED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.Conv3d: PackedConv3d,
+}
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     """Name -> layer, for every packed layer of ``model``."""
     return {name: module for name, module in named_modules(model) if isinstance(module, _Packed)}

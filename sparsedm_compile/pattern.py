@@ -12,7 +12,7 @@ _SPELLING = re.compile(r"(\d+):(\d+)(?:v(\d+))?")
 class Pattern:
     """Of every ``m`` consecutive input features, ``n`` are kept; ``v`` adjacent output channels share one choice.
 
-    Groups run along ``in_features`` of a linear weight and along ``C_in`` for each ``(c_out, kh, kw)`` of a convolution
+    Groups run along ``in_features`` of a linear weight and along ``C_in`` for each ``(c_out, *tap)`` of a convolution
     weight (SparseDM, arXiv 2404.10445, section 3). ``v > 1`` is vector-wise N:M (nmSPARSE, MLSys 2023): every ``2:4vX``
     is a valid 2:4. ``Pattern(1, 1)``, written ``"dense"``, keeps everything.
 
@@ -80,7 +80,7 @@ class Pattern:
         """Why a weight of this shape cannot take the pattern, or None if it can.
 
         Args:
-            weight_shape: ``(out, in)`` of a linear weight, ``(C_out, C_in / groups, kh, kw)`` of a convolution weight.
+            weight_shape: ``(out, in)`` of a linear weight, ``(C_out, C_in / groups, *kernel)`` of a convolution weight.
             groups: of the convolution; ``v`` channels that share a choice must lie in one group.
         """
         if self.is_dense:

@@ -15,8 +15,8 @@ class LayerInfo:
 
     Attributes:
         name: qualified name in the model; empty for the model itself.
-        kind: ``"linear"``, ``"conv2d"``, or the class name of a layer that cannot be sparse.
-        weight_shape: ``(out, in)`` or ``(C_out, C_in / groups, kh, kw)``.
+        kind: ``"linear"``, ``"conv1d"``, ``"conv2d"``, ``"conv3d"``, or the class of a layer that cannot be sparse.
+        weight_shape: ``(out, in)`` or ``(C_out, C_in / groups, *kernel)``.
         groups: of a convolution.
     """
 

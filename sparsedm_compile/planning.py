@@ -13,7 +13,7 @@ from sparsedm_compile.policy import LayerPolicy, dense_reasons
 
 Rules = Mapping[str, "str | Pattern"]
 
-_KINDS = {nn.Linear: "linear", nn.Conv2d: "conv2d"}
+_KINDS = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

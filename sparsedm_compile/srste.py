@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsedm_compile.distributed import sharded_mask
-from sparsedm_compile.layers import SparseConv2d, SparseLinear, layer_pattern, sparse_layers
+from sparsedm_compile.layers import SparseLayer, layer_pattern, sparse_layers
 from sparsedm_compile.planning import unwrap
 
 
@@ -73,7 +73,7 @@ class SRSTE:
             weight.grad.add_(weight.masked_fill(sharded_mask(weight, pattern), 0) * factor)
 
 
-def trained_layers(optimizer: Optimizer, model: nn.Module, caller: str) -> dict[str, SparseLinear | SparseConv2d]:
+def trained_layers(optimizer: Optimizer, model: nn.Module, caller: str) -> dict[str, SparseLayer]:
     """The sparse layers of ``model``, all of which ``optimizer`` must train, save for frozen ones.
 
     Raises:

@@ -1,6 +1,7 @@
 """count_macs against the table of published shapes, torch's FLOP counter, closed forms, and its error messages."""
 
 import json
+import math
 import time
 
 import pytest
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import sparsedm_compile.kernels.ops  # noqa: F401  registers sparsedm::linear and sparsedm::conv2d
+import sparsedm_compile.kernels.ops  # noqa: F401  registers sparsedm::linear and sparsedm::conv
 from sparsedm_compile.layers import SparseConv2d, SparseLinear
 from sparsedm_compile.macs import count_macs
 from sparsedm_compile.models import create_uvit, example_inputs, uvit_presets
@@ -279,8 +280,9 @@ def test_equals_the_flop_counter_of_torch(name):
 def test_convolution_closed_form(data):
     groups = data.draw(st.sampled_from([1, 2, 4]))
     c_in, c_out = (groups * data.draw(st.integers(1, 4)) for _ in range(2))
-    kernel = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    conv = nn.Conv2d(
+    dims = data.draw(st.integers(1, 3))
+    kernel = data.draw(st.tuples(*[st.integers(1, 3)] * dims))
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](
         c_in,
         c_out,
         kernel,
@@ -289,9 +291,12 @@ def test_convolution_closed_form(data):
         dilation=data.draw(st.integers(1, 2)),
         groups=groups,
     )
-    x = torch.zeros(data.draw(st.integers(1, 3)), c_in, 9, 8)
-    outputs = conv(x).numel()
-    assert count_macs(conv, x).dense == outputs * c_in // groups * kernel[0] * kernel[1]
+    x = torch.zeros(data.draw(st.integers(1, 3)), c_in, *(9, 8, 7)[:dims])
+    dense = conv(x).numel() * c_in // groups * math.prod(kernel)
+    report = count_macs(conv, x)
+    assert (report.dense, report.sparse, report.layers[0].kind) == (dense, dense, f"conv{dims}d")
+    if c_in // groups == 4:
+        assert count_macs(conv, x, plan={"": "1:4"}).sparse == dense // 4
 
 
 @settings(max_examples=20, deadline=None)
@@ -480,7 +485,7 @@ class PackedNet(nn.Module):
 
         def forward(self, x):
             constants = ("reference", self.pattern, self.weight_shape, [1, 1], [0, 0], [1, 1], 1)
-            return torch.ops.sparsedm.conv2d(x, self.packed_values, self.packed_index, *constants)
+            return torch.ops.sparsedm.conv(x, self.packed_values, self.packed_index, *constants)
 
     def __init__(self):
         super().__init__()
@@ -593,7 +598,7 @@ def test_a_model_that_reads_values():
             {"head.out.weight": "2:4"},
             "the model has no layer 'head.out.weight'; names are those of model.named_modules",
         ),
-        ({"": "2:4"}, "layer '' cannot be 2:4: SparseNet is neither Linear nor Conv2d"),
+        ({"": "2:4"}, "layer '' cannot be 2:4: SparseNet is neither Linear nor Conv1d, Conv2d or Conv3d"),
         ({"fc": "1:32"}, "layer 'fc' cannot be 1:32: input width 16 is not a multiple of 32; leave it out of the plan"),
         ({"fc": "2:4v8"}, "layer 'fc' cannot be 2:4v8: output width 12 is not a multiple of v = 8"),
         ({"fc": "half"}, "unknown pattern 'half'"),

@@ -25,7 +25,7 @@ class Zoo(nn.Module):
         self.grouped = nn.Conv2d(64, 64, 3, groups=16)
         self.depthwise = nn.Conv2d(64, 64, 3, groups=64)
         self.conv1d = nn.Conv1d(64, 64, 3)
-        self.transposed = nn.ConvTranspose2d(64, 64, 3)
+        self.transposed = nn.ConvTranspose3d(64, 64, 3)
         self.attention = nn.MultiheadAttention(64, 4)
         self.normed = nn.utils.weight_norm(nn.Linear(64, 64))
         self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
@@ -55,8 +55,7 @@ def test_every_layer_is_listed_with_a_pattern_or_a_reason(zoo):
     [
         ("odd", "input width 50 is not a multiple of 4"),
         ("depthwise", "input width 1 is not a multiple of 4"),
-        ("conv1d", "Conv1d has no sparse kernel"),
-        ("transposed", "ConvTranspose2d has no sparse kernel"),
+        ("transposed", "ConvTranspose3d has no sparse kernel"),
         ("attention", "MultiheadAttention holds its projections in one parameter"),
         ("attention.out_proj", "subclass of Linear"),
         ("normed", "hook"),
@@ -86,6 +85,7 @@ def test_sparse_layers(zoo):
         "linear": "2:4",
         "conv": "2:4",
         "grouped": "2:4",
+        "conv1d": "2:4",
     }
 
 
@@ -109,7 +109,7 @@ def test_needs_no_weights():
 
 def test_prints_as_a_table(zoo):
     text = str(sdm.make_plan(zoo, "2:4", policy="all"))
-    for word in ("plan", "3 of 12 layers sparse", "linear", "conv2d", "64 x 64 x 3 x 3", "2:4", "not a multiple of 4"):
+    for word in ("plan", "4 of 12 layers sparse", "linear", "conv2d", "64 x 64 x 3 x 3", "2:4", "not a multiple of 4"):
         assert word in text
 
 
@@ -162,7 +162,7 @@ def test_a_glob_leaves_dense_what_cannot_take_its_pattern(zoo):
     assert str(plan["linear"].pattern) == "2:4"
 
 
-@pytest.mark.parametrize("name", ["odd", "depthwise", "conv1d", "attention", "mine"])
+@pytest.mark.parametrize("name", ["odd", "depthwise", "transposed", "attention", "mine"])
 def test_an_exact_rule_that_cannot_hold_is_an_error(zoo, name):
     with pytest.raises(ValueError, match=f"layer '{name}' cannot be 2:4 as its rule demands"):
         sdm.make_plan(zoo, "2:4", policy="all", rules={name: "2:4"})

@@ -33,7 +33,7 @@ class CpuKernel(Kernel):
             return "the pattern is dense"
         if spec.groups != 1:
             return f"the cpu kernel takes convolutions of one group, not {spec.groups}"
-        dims = {"linear": 2, "conv2d": 4}[spec.op]
+        dims = {"linear": 2, "conv2d": 4, "conv3d": 5}[spec.op]
         if len(spec.weight_shape) != dims:
             return f"a {spec.op} weight has {dims} dimensions, not {len(spec.weight_shape)}"
         return spec.pattern.refusal(spec.weight_shape) or build.load()
@@ -75,13 +75,13 @@ class CpuKernel(Kernel):
             epilogue.residual,
         )
 
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
-        """See :meth:`Kernel.conv2d`.
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """See :meth:`Kernel.conv`.
 
         Raises:
             ValueError: x, the packed weight, bias or residual has another shape or dtype than the spec says.
         """
-        return torch.ops.sparsedm_cpu.conv2d(
+        return torch.ops.sparsedm_cpu.conv(
             x,
             values,
             index,

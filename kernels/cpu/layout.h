@@ -42,7 +42,7 @@ struct Layout {
   int64_t n, m, v;
   int64_t out;       // N, output channels
   int64_t channels;  // C_in
-  int64_t taps;      // kh * kw, 1 for linear
+  int64_t taps;      // of the convolution kernel, 1 for linear
   int64_t together;  // channels per group: 2 or 4
   int64_t row_bytes;
   int64_t blocks;

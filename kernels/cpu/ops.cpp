@@ -4,6 +4,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "pack.h"
 #include "run.h"
 #include "source.h"
@@ -93,23 +95,37 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::In
   return out;
 }
 
-Tensor conv2d(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
-              int64_t m, int64_t v, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-              const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual) {
+Window window_of(const Tensor& x, at::IntArrayRef weight_shape, at::IntArrayRef stride, at::IntArrayRef padding,
+                 at::IntArrayRef dilation) {
+  const int64_t dims = x.dim() - 2;
+  std::array<Axis, 3> axes;
+  axes.fill({1, 1, 1, 0, 1});
+  for (int64_t d = 0; d < dims; ++d) {
+    Axis& axis = axes[3 - dims + d] = {x.size(2 + d), weight_shape[2 + d], stride[d], padding[d], dilation[d]};
+    TORCH_CHECK_VALUE(axis.size + 2 * axis.padding >= axis.reach(), "x: the kernel spans ", axis.reach(),
+                      " pixels of dimension ", 2 + d, ", more than the padded input of ", x.sizes());
+  }
+  return {x.size(0), x.size(1), axes[0], axes[1], axes[2]};
+}
+
+// Of two or three dimensions, as the weight's shape says.
+Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
+            int64_t m, int64_t v, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+            const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual) {
   const Layout layout = layout_of(weight_shape, n, m, v);
   check_packed(layout, values, index);
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.dim() == 4 && x.size(1) == layout.channels,
-                    "x: want float32 of shape (B, ", layout.channels, ", H, W), got ", x.scalar_type(), " of ", x.sizes());
-  const Window window{x.size(0), x.size(1), x.size(2), x.size(3), weight_shape[2], weight_shape[3], stride[0], stride[1],
-                      padding[0], padding[1], dilation[0], dilation[1]};
-  const int64_t reach_h = window.dilation_h * (window.kernel_h - 1) + 1,
-                reach_w = window.dilation_w * (window.kernel_w - 1) + 1;
-  TORCH_CHECK_VALUE(window.height + 2 * window.padding_h >= reach_h && window.width + 2 * window.padding_w >= reach_w,
-                    "x: the kernel spans ", reach_h, " x ", reach_w, " pixels, more than the padded input of ", x.sizes());
+  const int64_t rank = static_cast<int64_t>(weight_shape.size());
+  TORCH_CHECK_VALUE((rank == 4 || rank == 5) && x.scalar_type() == at::kFloat && x.dim() == rank &&
+                        x.size(1) == layout.channels,
+                    "x: want float32 of shape (B, ", layout.channels, rank == 5 ? ", D" : "", ", H, W), got ",
+                    x.scalar_type(), " of ", x.sizes());
+  const Window window = window_of(x, weight_shape, stride, padding, dilation);
   const at::MemoryFormat format = x.suggest_memory_format();
-  const bool channels_last = format == at::MemoryFormat::ChannelsLast;
+  const bool channels_last = format != at::MemoryFormat::Contiguous;
   const Tensor image = x.contiguous(format);
-  Tensor out = at::empty({x.size(0), layout.out, window.out_height(), window.out_width()}, x.options(), format);
+  std::vector<int64_t> shape = {x.size(0), layout.out, window.z.out(), window.y.out(), window.x.out()};
+  if (rank == 4) shape.erase(shape.begin() + 2);
+  Tensor out = at::empty(shape, x.options(), format);
   const Tensor addend = residual_like(residual, out, format);
   if (out.numel() == 0) return out;
   const Tensor start = bias_or_zero(bias, layout, x);
@@ -197,8 +213,8 @@ TORCH_LIBRARY(sparsedm_cpu, library) {
       "linear(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, Tensor? bias, "
       "int activation, Tensor? residual) -> Tensor");
   library.def(
-      "conv2d(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, int[2] stride, "
-      "int[2] padding, int[2] dilation, Tensor? bias, int activation, Tensor? residual) -> Tensor");
+      "conv(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, int[] stride, "
+      "int[] padding, int[] dilation, Tensor? bias, int activation, Tensor? residual) -> Tensor");
   library.def("checksum(Tensor[] tensors) -> int[]");
 }
 
@@ -206,6 +222,6 @@ TORCH_LIBRARY_IMPL(sparsedm_cpu, CPU, library) {
   library.impl("pack", &sparsedm::pack_weight);
   library.impl("unpack", &sparsedm::unpack_weight);
   library.impl("linear", &sparsedm::linear);
-  library.impl("conv2d", &sparsedm::conv2d);
+  library.impl("conv", &sparsedm::conv);
   library.impl("checksum", &sparsedm::checksum);
 }

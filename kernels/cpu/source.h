@@ -47,14 +47,20 @@ struct TokenRows {
   Cursor cursor(int64_t token0, int64_t token1) const { return {*this, token0, token1}; }
 };
 
-// The geometry of a convolution.
-struct Window {
-  int64_t images, channels, height, width;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+// One axis of a convolution.
+struct Axis {
+  int64_t size, kernel, stride, padding, dilation;
 
-  int64_t out_height() const { return (height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
-  int64_t out_width() const { return (width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
-  int64_t pixels() const { return out_height() * out_width(); }
+  int64_t reach() const { return dilation * (kernel - 1) + 1; }
+  int64_t out() const { return (size + 2 * padding - reach()) / stride + 1; }
+};
+
+// The geometry of a convolution; of two dimensions when the first axis is one plane deep.
+struct Window {
+  int64_t images, channels;
+  Axis z, y, x;
+
+  int64_t pixels() const { return z.out() * y.out() * x.out(); }
 };
 
 // One axis split by stride phase: position p of the padded axis is element p / stride of phase p % stride, so that a tap
@@ -64,17 +70,17 @@ struct Phases {
   std::vector<int64_t> kept;        // phases, in the order stored
   std::vector<int64_t> slot, shift; // per tap: index into `kept`, first element
 
-  Phases(int64_t kernel, int64_t stride_, int64_t padding_, int64_t dilation, int64_t out)
-      : stride(stride_), padding(padding_), length(out + dilation * (kernel - 1) / stride_) {
+  explicit Phases(const Axis& axis)
+      : stride(axis.stride), padding(axis.padding), length(axis.out() + (axis.reach() - 1) / axis.stride) {
     std::vector<int64_t> slot_of(stride, -1);
-    for (int64_t tap = 0; tap < kernel; ++tap) {
-      const int64_t phase = tap * dilation % stride;
+    for (int64_t tap = 0; tap < axis.kernel; ++tap) {
+      const int64_t phase = tap * axis.dilation % stride;
       if (slot_of[phase] < 0) {
         slot_of[phase] = static_cast<int64_t>(kept.size());
         kept.push_back(phase);
       }
       slot.push_back(slot_of[phase]);
-      shift.push_back(tap * dilation / stride);
+      shift.push_back(tap * axis.dilation / stride);
     }
   }
 
@@ -86,22 +92,18 @@ struct Phases {
 // How many rows ahead the next planes are asked for: a tenth of the time of a 1x1 convolution at 1:4v4.
 constexpr int64_t kPlanesAhead = 12;
 
-// Planes of a padded, phase-split image [image][channel][phase y][phase x][y][x], read through a window (im2col).
+// Planes of a padded, phase-split image [image][channel][phase z][phase y][phase x][z][y][x], read through a window
+// (im2col). A plane holds all that one channel of one image has, every depth of it.
 struct Planes {
   const float* data;
   const float* end;
   Window window;
-  Phases y, x;
+  Phases z, y, x;
 
-  Planes(const Window& w)
-      : data(nullptr),
-        end(nullptr),
-        window(w),
-        y(w.kernel_h, w.stride_h, w.padding_h, w.dilation_h, w.out_height()),
-        x(w.kernel_w, w.stride_w, w.padding_w, w.dilation_w, w.out_width()) {}
+  explicit Planes(const Window& w) : data(nullptr), end(nullptr), window(w), z(w.z), y(w.y), x(w.x) {}
 
-  int64_t phase_size() const { return y.length * x.length; }
-  int64_t plane_size() const { return y.count() * x.count() * phase_size(); }
+  int64_t phase_size() const { return z.length * y.length * x.length; }
+  int64_t plane_size() const { return z.count() * y.count() * x.count() * phase_size(); }
   int64_t size() const { return window.images * window.channels * plane_size(); }
 
   struct Piece {
@@ -119,10 +121,13 @@ struct Planes {
     void fill(float* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
       const Window& w = source.window;
       for (int64_t k = k0; k < k1;) {
-        const int64_t tap = k / w.channels, ky = tap / w.kernel_w, kx = tap % w.kernel_w;
-        const int64_t phase = source.y.slot[ky] * source.x.count() + source.x.slot[kx];
-        const float* plane = source.data + k % w.channels * source.plane_size() + phase * source.phase_size() +
-                             source.y.shift[ky] * source.x.length + source.x.shift[kx];
+        const Phases &z = source.z, &y = source.y, &x = source.x;
+        const int64_t tap = k / w.channels, kx = tap % w.x.kernel, ky = tap / w.x.kernel % w.y.kernel,
+                      kz = tap / w.x.kernel / w.y.kernel;
+        const int64_t phase = (z.slot[kz] * y.count() + y.slot[ky]) * x.count() + x.slot[kx];
+        const int64_t shift = (z.shift[kz] * y.length + y.shift[ky]) * x.length + x.shift[kx];
+        const float* plane =
+            source.data + k % w.channels * source.plane_size() + phase * source.phase_size() + shift;
         for (const int64_t stop = std::min(k1, (tap + 1) * w.channels); k < stop; ++k) {
           if (plane + last + kWidth <= source.end) {
             for (const Piece& piece : pieces) {
@@ -149,12 +154,13 @@ struct Planes {
 
   Cursor cursor(int64_t token0, int64_t token1) const {
     Cursor cursor{*this, {}, 0, token1 - token0};
-    const int64_t out_width = window.out_width(), pixels = window.pixels();
+    const int64_t width = window.x.out(), slice = width * window.y.out(), pixels = window.pixels();
     for (int64_t t = token0, left = 0; t < token1;) {
-      const int64_t image = t / pixels, pixel = t % pixels, row = pixel / out_width, column = pixel % out_width;
-      // Where no padding lies between rows, the rest of the image is one run.
-      left = x.length == out_width && y.length == window.out_height() ? pixels - pixel : out_width - column;
+      const int64_t image = t / pixels, pixel = t % pixels, column = pixel % width;
+      // Where no padding lies between rows, the rest of the slice is one run; where none lies between slices, of the image.
+      left = x.length != width ? width - column : y.length != window.y.out() ? slice - pixel % slice : pixels - pixel;
       left = std::min(left, token1 - t);
+      const int64_t row = pixel / slice * y.length + pixel % slice / width;
       const int64_t from = image * window.channels * plane_size() + row * x.length + column;
       for (int64_t i = 0; i < left; i += kWidth) {
         cursor.pieces.push_back({from + i, t - token0 + i});
@@ -165,9 +171,10 @@ struct Planes {
     return cursor;
   }
 
-  // Whether the image itself, NCHW, already is what this reads.
+  // Whether the image itself, channel-major, already is what this reads.
   bool is_identity() const {
-    return window.stride_h == 1 && window.stride_w == 1 && window.padding_h == 0 && window.padding_w == 0;
+    const auto plain = [](const Phases& axis) { return axis.stride == 1 && axis.padding == 0; };
+    return plain(z) && plain(y) && plain(x);
   }
 };
 
@@ -199,22 +206,28 @@ inline void copy_strided(float* to, const float* from, int64_t size, int64_t str
 
 }  // namespace detail
 
-// Copies an NCHW image into the planes, one plane after the other.
+// Copies a channel-major image (NCHW, NCDHW) into the planes, one plane after the other.
 inline void split_channel_major(const Planes& planes, const float* image, float* out) {
   const Window& w = planes.window;
+  const Phases &z = planes.z, &y = planes.y, &x = planes.x;
   at::parallel_for(0, w.images * w.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       float* to = out + plane * planes.plane_size();
-      for (int64_t slot_y = 0; slot_y < planes.y.count(); ++slot_y) {
-        for (int64_t slot_x = 0; slot_x < planes.x.count(); ++slot_x) {
-          const detail::Inside inside(planes.x, slot_x, w.width);
-          for (int64_t i = 0; i < planes.y.length; ++i, to += planes.x.length) {
-            const int64_t row = planes.y.position(slot_y, i);
-            const int64_t last = row >= 0 && row < w.height ? inside.last : 0, first = std::min(inside.first, last);
-            const float* from = image + (plane * w.height + row) * w.width + planes.x.position(slot_x, first);
+      for (int64_t phase = 0; phase < z.count() * y.count() * x.count(); ++phase) {
+        const int64_t slot_x = phase % x.count(), slot_y = phase / x.count() % y.count();
+        const int64_t slot_z = phase / x.count() / y.count();
+        const detail::Inside inside(x, slot_x, w.x.size);
+        for (int64_t k = 0; k < z.length; ++k) {
+          const int64_t depth = z.position(slot_z, k);
+          for (int64_t i = 0; i < y.length; ++i, to += x.length) {
+            const int64_t row = y.position(slot_y, i);
+            const bool exists = depth >= 0 && depth < w.z.size && row >= 0 && row < w.y.size;
+            const int64_t last = exists ? inside.last : 0, first = std::min(inside.first, last);
+            const float* from =
+                image + ((plane * w.z.size + depth) * w.y.size + row) * w.x.size + x.position(slot_x, first);
             std::fill(to, to + first, 0.0f);
-            if (first < last) detail::copy_strided(to + first, from, last - first, planes.x.stride);
-            std::fill(to + last, to + planes.x.length, 0.0f);
+            if (first < last) detail::copy_strided(to + first, from, last - first, x.stride);
+            std::fill(to + last, to + x.length, 0.0f);
           }
         }
       }
@@ -222,26 +235,28 @@ inline void split_channel_major(const Planes& planes, const float* image, float*
   });
 }
 
-// Copies a channels_last image into the planes, row by row, transposing pixels x channels in registers.
+// Copies a channels_last image (NHWC, NDHWC) into the planes, row by row, transposing pixels x channels in registers.
 inline void split_channels_last(const Planes& planes, const float* image, float* out) {
   const Window& w = planes.window;
+  const Phases &z = planes.z, &y = planes.y, &x = planes.x;
   const int64_t size = planes.plane_size();
-  at::parallel_for(0, w.images * planes.y.count() * planes.y.length, 1, [&](int64_t begin, int64_t end) {
+  const int64_t rows = z.count() * y.count() * z.length * y.length;  // of all phases along x at once
+  at::parallel_for(0, w.images * rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task % planes.y.length, slot_y = task / planes.y.length % planes.y.count();
-      const int64_t b = task / (planes.y.length * planes.y.count()), row = planes.y.position(slot_y, i);
-      for (int64_t slot_x = 0; slot_x < planes.x.count(); ++slot_x) {
-        const detail::Inside inside(planes.x, slot_x, w.width);
-        const int64_t last = row >= 0 && row < w.height ? inside.last : 0, first = std::min(inside.first, last);
-        float* to = out + b * w.channels * size + (slot_y * planes.x.count() + slot_x) * planes.phase_size() +
-                    i * planes.x.length;
+      const int64_t b = task / rows, i = task % (z.length * y.length), slot = task % rows / (z.length * y.length);
+      const int64_t depth = z.position(slot / y.count(), i / y.length), row = y.position(slot % y.count(), i % y.length);
+      const bool exists = depth >= 0 && depth < w.z.size && row >= 0 && row < w.y.size;
+      for (int64_t slot_x = 0; slot_x < x.count(); ++slot_x) {
+        const detail::Inside inside(x, slot_x, w.x.size);
+        const int64_t last = exists ? inside.last : 0, first = std::min(inside.first, last);
+        float* to = out + b * w.channels * size + (slot * x.count() + slot_x) * planes.phase_size() + i * x.length;
         for (int64_t c = 0; c < w.channels; ++c) {
           std::fill(to + c * size, to + c * size + first, 0.0f);
-          std::fill(to + c * size + last, to + c * size + planes.x.length, 0.0f);
+          std::fill(to + c * size + last, to + c * size + x.length, 0.0f);
         }
-        const int64_t step = planes.x.stride * w.channels;
-        const float* from =
-            image + ((b * w.height + row) * w.width + planes.x.position(slot_x, first)) * w.channels;
+        const int64_t step = x.stride * w.channels;
+        const int64_t pixel = ((b * w.z.size + depth) * w.y.size + row) * w.x.size + x.position(slot_x, first);
+        const float* from = image + pixel * w.channels;
         int64_t j = first;
         for (; j + kWidth <= last && w.channels >= kWidth; j += kWidth, from += kWidth * step) {
           for (int64_t c = 0; c < w.channels; c += kWidth) {

@@ -40,6 +40,8 @@ class CudaKernel(Kernel):
             return f"the cuda kernel does not run on {spec.device}"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"the cuda kernel takes bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
+        if spec.op == "conv3d":
+            return "the cuda kernel takes convolutions of one and two dimensions, not three"
         dims = {"linear": 2, "conv2d": 4}[spec.op]
         if len(spec.weight_shape) != dims:
             return f"a {spec.op} weight has {dims} dimensions, not {len(spec.weight_shape)}"
@@ -76,7 +78,7 @@ class CudaKernel(Kernel):
         _run(flat, values, index, out, flat.shape[0], spec, epilogue, residual, (0, 0, 0, 0, 0))
         return out
 
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         batch, channels, height, width = x.shape
         if max(height, width) > _LARGEST_OFFSET:
             raise ValueError(

@@ -39,7 +39,7 @@ class CuSparseLtKernel(Kernel):
         if refusal is not None:
             return refusal
         window = (*spec.weight_shape[2:], *spec.stride, *spec.padding, spec.groups)
-        if spec.op == "conv2d" and window != (1, 1, 1, 1, 0, 0, 1):
+        if spec.op != "linear" and window != (1, 1, 1, 1, 0, 0, 1):
             return "cuSPARSELt takes 1x1 convolutions of stride 1, without padding or groups"
         rows, width = spec.weight_shape[:2]
         if rows % _SPARSE or width % _SPARSE:
@@ -76,7 +76,7 @@ class CuSparseLtKernel(Kernel):
         product = product.reshape(*x.shape[:-1], spec.weight_shape[0])
         return apply_epilogue(product, epilogue)
 
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         nhwc = x.permute(0, 2, 3, 1)
         product = self._product(nhwc.reshape(-1, x.shape[1]).contiguous(), values, index, spec, epilogue.bias)
         product = product.reshape(*nhwc.shape[:3], spec.weight_shape[0]).permute(0, 3, 1, 2)

@@ -40,9 +40,9 @@ class OneDnnKernel(Kernel):
         index = weight.new_empty(0, dtype=torch.uint8)
         if spec.op == "linear":
             return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), index
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            weight.to_mkldnn(), spec.padding, spec.stride, spec.dilation, spec.groups
-        )
+        nn = torch._C._nn
+        reorder = nn.mkldnn_reorder_conv3d_weight if spec.op == "conv3d" else nn.mkldnn_reorder_conv2d_weight
+        packed = reorder(weight.to_mkldnn(), spec.padding, spec.stride, spec.dilation, spec.groups)
         return packed, index
 
     def empty_packed(self, spec: LayerSpec, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -55,11 +55,11 @@ class OneDnnKernel(Kernel):
         out = torch.ops.mkldnn._linear_pointwise(x, values, _dense(epilogue.bias), "none", [], "")
         return apply_epilogue(out, epilogue)
 
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         out = torch.ops.mkldnn._convolution_pointwise(
             x, values, _dense(epilogue.bias), spec.padding, spec.stride, spec.dilation, spec.groups, "none", [], ""
         )
-        # oneDNN answers in channels_last for any input; dense conv2d answers in the input's own format.
+        # oneDNN answers in channels_last for any input; dense answers in the input's own format.
         out = out.contiguous(memory_format=suggest_memory_format(x))
         return apply_epilogue(out, epilogue)
 

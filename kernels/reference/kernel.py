@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
+from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec, convolve
 from sparsedm_compile.masks import magnitude_mask
 
 
@@ -76,7 +76,6 @@ class ReferenceKernel(Kernel):
         product = F.linear(x, self.unpack(values, index, spec), epilogue.bias)
         return apply_epilogue(product, epilogue).contiguous()
 
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         weight = self.unpack(values, index, spec)
-        product = F.conv2d(x, weight, epilogue.bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-        return apply_epilogue(product, epilogue)
+        return apply_epilogue(convolve(x, weight, epilogue.bias, spec), epilogue)

@@ -47,7 +47,7 @@ class TritonPackedKernel(Kernel):
         if p.is_dense:
             return "the pattern is dense"
         plain = (*spec.weight_shape[2:], *spec.stride, *spec.padding, spec.groups) == (1, 1, 1, 1, 0, 0, 1)
-        if spec.op == "conv2d" and not plain:
+        if spec.op != "linear" and not plain:
             return "takes linear layers and 1x1 convolutions of stride 1 only"
         # Unpacking costs instructions: an eighth less to read is not worth them.
         width = spec.dtype.itemsize * 8
@@ -126,8 +126,8 @@ class TritonPackedKernel(Kernel):
             run[lambda meta: (-(-out_features // meta["BLOCK_N"]), -(-rows // meta["BLOCK_M"]))](**arguments, **tile)
         return out
 
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
-        """See :meth:`Kernel.conv2d` and :meth:`linear`."""
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """See :meth:`Kernel.conv` and :meth:`linear`."""
         nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         residual = epilogue.residual
         over_pixels = Epilogue(

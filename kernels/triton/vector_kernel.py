@@ -51,6 +51,8 @@ class TritonVectorKernel(Kernel):
             return f"takes groups of 2, 4, 8 or 16 inputs, not {p.m}"
         if p.n > _MAX_N:
             return f"keeps at most {_MAX_N} inputs of a group, not {p.n}"
+        if spec.op == "conv3d":
+            return "takes convolutions of one and two dimensions, not three"
         if spec.groups != 1:
             return f"takes convolutions of one group, not {spec.groups}"
         if spec.weight_shape[1] % 8:
@@ -94,8 +96,8 @@ class TritonVectorKernel(Kernel):
         _launch(x.reshape(-1, in_features).contiguous(), values, index, spec, epilogue, residual, out, layout)
         return out
 
-    def conv2d(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
-        """See :meth:`Kernel.conv2d`. NHWC (channels_last) runs as it is; NCHW costs a copy of x.
+    def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        """See :meth:`Kernel.conv`. NHWC (channels_last) runs as it is; NCHW costs a copy of x.
 
         Raises:
             ValueError: the kernel refuses this layer here, or an operand has another shape or dtype than the spec says.

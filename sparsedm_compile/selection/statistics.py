@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from sparsedm_compile.calibration import CalibrationBatch
 from sparsedm_compile.modes import evaluating
@@ -89,8 +90,8 @@ def _sums(
 def _accumulate(sums: dict[str, Tensor], name: str, of_rows: Callable[[Tensor], Tensor]) -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else kwargs["input"]).detach()
-        if isinstance(layer, nn.Conv2d):
-            x = x.reshape(-1, *x.shape[-3:])  # it may come without a batch dimension
+        if isinstance(layer, _ConvNd):
+            x = x.reshape(-1, *x.shape[1 - layer.weight.dim() :])  # it may come without a batch dimension
         unfolded = math.prod(x.shape[1:]) * math.prod(layer.weight.shape[2:])
         for part in x.split(max(1, _CHUNK // max(1, unfolded))):
             part_sum = of_rows(input_rows(layer, part.double()))

@@ -74,7 +74,7 @@ def test_conv2d_equals_naive(data: st.DataObject) -> None:
         x = x.contiguous(memory_format=torch.channels_last)
     dense = F.conv2d(x, weight, None, stride, padding, dilation)
     epilogue = data.draw(epilogues(out, tuple(dense.shape)))
-    actual = KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, epilogue)
+    actual = KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, epilogue)
     assert actual.stride() == dense.stride()
     assert_close(actual, conv2d_naive(x, weight, spec, epilogue))
 
@@ -109,7 +109,7 @@ def test_conv2d_of_many_panels_blocks_and_units(
     exact = F.conv2d(
         x.double(), (weight * magnitude_mask(weight, spec.pattern)).double(), None, spec.stride, spec.padding
     )
-    assert_close(KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, Epilogue()), exact, tolerance=1e-5)
+    assert_close(KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, Epilogue()), exact, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_conv2d_takes_any_strides_and_residuals_of_another_format() -> None:
     weight, x = seeded(12, 8, 3, 3), seeded(2, 8, 22, 9)[:, :, ::2]
     residual = seeded(2, 12, 11, 9, seed=4).contiguous(memory_format=torch.channels_last)
     epilogue = Epilogue(residual=residual)
-    actual = KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, epilogue)
+    actual = KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, epilogue)
     assert_close(actual, conv2d_naive(x, weight, spec, epilogue))
 
 
@@ -149,7 +149,7 @@ def test_memory_beside_the_image_is_never_used() -> None:
     for padding in (0, 1):
         spec = LayerSpec("conv2d", (6, 8, 3, 3), Pattern(2, 4), padding=(padding, padding))
         weight = seeded(6, 8, 3, 3)
-        actual = KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, Epilogue())
+        actual = KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, Epilogue())
         assert_close(actual, conv2d_naive(x, weight, spec, Epilogue()))
 
 
@@ -233,4 +233,4 @@ def test_bad_input_is_an_error() -> None:
         KERNEL.pack(torch.full((8, 8), math.nan), spec)
     conv = LayerSpec("conv2d", (8, 8, 3, 3), Pattern(2, 4))
     with pytest.raises(ValueError, match="more than the padded input"):
-        KERNEL.conv2d(seeded(1, 8, 2, 5), *KERNEL.pack(seeded(8, 8, 3, 3), conv), conv, Epilogue())
+        KERNEL.conv(seeded(1, 8, 2, 5), *KERNEL.pack(seeded(8, 8, 3, 3), conv), conv, Epilogue())

@@ -148,7 +148,7 @@ def test_convolutions(emulated, name):
     expected = F.silu(F.conv2d(nchw.double(), masked(weight), bias.double(), **conv))
     residual = torch.randn(expected.shape).bfloat16()
     for x in (nchw, nchw.contiguous(memory_format=torch.channels_last)):
-        out = KERNEL.conv2d(x, *packed, s, Epilogue(bias, "silu", residual))
+        out = KERNEL.conv(x, *packed, s, Epilogue(bias, "silu", residual))
         close(out, expected + residual.double())
         assert out.stride() == F.conv2d(x, weight, **conv).stride()
 
@@ -158,7 +158,7 @@ def test_a_nan_goes_where_dense_takes_it_and_no_further(emulated):
     s = spec((8, 16, 3, 3), padding=(1, 1))
     weight, x = torch.randn(8, 16, 3, 3).bfloat16(), torch.randn(1, 16, 9, 9).bfloat16()
     x[:, :, 5, 5] = float("nan")
-    out = KERNEL.conv2d(x, *KERNEL.pack(weight, s), s, Epilogue())
+    out = KERNEL.conv(x, *KERNEL.pack(weight, s), s, Epilogue())
     assert torch.equal(out.isnan(), F.conv2d(x.double(), weight.double(), padding=1).isnan())
 
 
@@ -168,7 +168,7 @@ def test_convolution_with_every_tile(emulated):
     for tile, lazy in ((MEDIUM, True), (LARGE, False), (WIDE, False), (NARROW, True)):
         emulated(tile, 227 * 1024, lazy)
         s = spec(shape, **conv)
-        close(KERNEL.conv2d(x, *KERNEL.pack(weight, s), s, Epilogue()), F.conv2d(x.double(), masked(weight), padding=1))
+        close(KERNEL.conv(x, *KERNEL.pack(weight, s), s, Epilogue()), F.conv2d(x.double(), masked(weight), padding=1))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 72), (24, 16, 3, 3)])
@@ -217,4 +217,4 @@ def test_refuses_images_that_its_offsets_cannot_reach():
     s = spec((8, 8, 1, 1))
     x = torch.empty(1, 8, 1, 8193, dtype=torch.bfloat16, device="meta")
     with pytest.raises(ValueError, match="up to 8192 pixels a side, not 1 x 8193"):
-        KERNEL.conv2d(x, *KERNEL.empty_packed(s, torch.device("meta")), s, Epilogue())
+        KERNEL.conv(x, *KERNEL.empty_packed(s, torch.device("meta")), s, Epilogue())

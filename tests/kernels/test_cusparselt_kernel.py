@@ -110,7 +110,7 @@ def test_pointwise_convolution(library, memory_format, activation):
     x = torch.randn(2, 64, 5, 7).bfloat16().contiguous(memory_format=memory_format)
     residual = torch.randn(2, 32, 5, 7).bfloat16()
     s = spec((32, 64, 1, 1))
-    out = KERNEL.conv2d(x, *KERNEL.pack(weight, s), s, Epilogue(bias, activation, residual))
+    out = KERNEL.conv(x, *KERNEL.pack(weight, s), s, Epilogue(bias, activation, residual))
     product = F.conv2d(x.double(), masked(weight), bias.double())
     act = {
         "none": lambda y: y,

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
 from sparsedm_compile.kernels import Epilogue, Kernel, LayerSpec, get_kernel, kernel_names
 from sparsedm_compile.kernels.reference.kernel import apply_epilogue
+from sparsedm_compile.kernels.registry import with_height
 from sparsedm_compile.masks import magnitude_mask_naive
 from sparsedm_compile.pattern import Pattern
 
@@ -71,8 +73,8 @@ class Draw(random.Random):
             case "expanded" if rank:
                 kept = self.randrange(rank)
                 return self.normal(tuple(s if d == kept else 1 for d, s in enumerate(shape)), dtype).expand(shape)
-            case "channels_last" if rank == 4:
-                return self.normal(shape, dtype).contiguous(memory_format=torch.channels_last)
+            case "channels_last" if rank > 2:
+                return self.normal((shape[0], *shape[2:], shape[1]), dtype).movedim(-1, 1)
         return self.normal(shape, dtype)
 
     def epilogue(self, channels: int, out_shape: tuple[int, ...], dtype: torch.dtype) -> Epilogue:
@@ -111,33 +113,37 @@ def draw_linear(draw: Draw, pattern: Pattern, dtype: torch.dtype) -> Case:
 
 
 def draw_conv(draw: Draw, pattern: Pattern, dtype: torch.dtype) -> Case:
+    dims = draw.choice([1, 2, 2, 3])
     groups = 2 if draw.random() < 0.1 else 1
     out, width = pattern.v * draw.few(40 // pattern.v) * groups, pattern.m * draw.few(40 // pattern.m)
-    kernel = [draw.few(5) for _ in range(2)]
-    stride, dilation = ([draw.few(3) for _ in range(2)] for _ in range(2))
-    padding = [draw.randint(0, 3) for _ in range(2)]
+    kernel = [draw.few(5 if dims < 3 else 3) for _ in range(dims)]
+    stride, dilation = ([draw.few(3) for _ in range(dims)] for _ in range(2))
+    padding = [draw.randint(0, 3 if dims < 3 else 2) for _ in range(dims)]
     batch = 0 if draw.random() < 0.05 else draw.few(3)
     reach = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
-    size = [low + draw.few(24) - 1 for low in reach]
+    size = [low + draw.few({1: 100, 2: 24, 3: 9}[dims]) - 1 for low in reach]
     x = draw.strided((batch, width * groups, *size), dtype)
     weight = draw.strided((out, width, *kernel), dtype)
-    spec = LayerSpec(
-        "conv2d", tuple(weight.shape), pattern, dtype, "cpu", tuple(stride), tuple(padding), tuple(dilation), groups
-    )
-    return Case(spec, x, weight, draw.epilogue(out, tuple(dense(x, weight, spec).shape), dtype), draw.few(3))
+    shape, *window = with_height(weight.shape, stride, padding, dilation)
+    spec = LayerSpec(f"conv{len(shape) - 2}d", shape, pattern, dtype, "cpu", *window, groups)
+    case = Case(spec, x, weight, Epilogue(), draw.few(3))
+    case.epilogue = draw.epilogue(out, tuple(dense(case.x, weight, spec).shape), dtype)
+    return case
 
 
 def dense(x: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     if spec.op == "linear":
         return F.linear(x, weight)
-    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+    dims = x.dim() - 2
+    conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    return conv(x, weight, None, spec.stride[-dims:], spec.padding[-dims:], spec.dilation[-dims:], spec.groups)
 
 
 def exact(case: Case) -> Tensor:
     masked = (case.weight * magnitude_mask_naive(case.weight, case.spec.pattern)).double()
     product, e = dense(case.x.double(), masked, case.spec), case.epilogue
     if e.bias is not None:
-        product = product + e.bias.double().reshape(-1, *[1] * (len(case.spec.weight_shape) - 2))
+        product = product + e.bias.double().reshape(-1, *[1] * (case.weight.dim() - 2))
     return apply_epilogue(product, Epilogue(None, e.activation, None if e.residual is None else e.residual.double()))
 
 
@@ -147,7 +153,7 @@ def call(x: Tensor, values: Tensor, index: Tensor, kernel: Kernel, spec: LayerSp
     if spec.op == "linear":
         return torch.ops.sparsedm.linear(x, values, index, *layer, *rest)
     conv = (spec.stride, spec.padding, spec.dilation, spec.groups)
-    return torch.ops.sparsedm.conv2d(x, values, index, *layer, *conv, *rest)
+    return torch.ops.sparsedm.conv(x, values, index, *layer, *conv, *rest)
 
 
 def strides(tensor: Tensor) -> list[int]:
@@ -163,6 +169,8 @@ def test_every_kernel_equals_the_exact_product(seed: int) -> None:
     spec, want = case.spec, exact(case)
     # A channels_last weight makes dense answer in channels_last; it is swap_kernels that sees to this.
     layout = dense(case.x, case.weight.clone(memory_format=torch.contiguous_format), spec)
+    if spec.op == "conv3d":  # of which small ones in dense answer contiguous
+        layout = layout.contiguous(memory_format=suggest_memory_format(case.x))
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
@@ -177,7 +185,7 @@ def test_every_kernel_equals_the_exact_product(seed: int) -> None:
 
 
 def check(kernel: Kernel, case: Case, want: Tensor, layout: Tensor) -> None:
-    packed = kernel.pack(case.weight, case.spec)
+    packed = kernel.pack(case.weight.reshape(case.spec.weight_shape), case.spec)
     got = call(case.x, *packed, kernel, case.spec, case.epilogue)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = call(mode.from_tensor(case.x), *packed, kernel, case.spec, case.epilogue)

@@ -86,7 +86,7 @@ def test_convolutions_of_channels_last_images(kernel, launches):
     )
     epilogue = Epilogue(torch.randn(128).bfloat16(), "silu", residual)
     with Operators() as operators:
-        get_kernel(kernel).conv2d(x, *packed, s, epilogue)
+        get_kernel(kernel).conv(x, *packed, s, epilogue)
     assert len(launches) == 1
     assert {*operators.names} - HARMLESS <= ALLOCATE
     assert sum(name in ALLOCATE for name in operators.names) == 1  # the output

@@ -41,7 +41,7 @@ def test_conv2d(groups, activation, stride):
     want = F.conv2d(x.double(), masked64(weight, spec.pattern), bias.double(), stride, 1, 1, groups)
     want = apply_epilogue(want, Epilogue(None, activation))
     values, index = onednn.pack(weight, spec)
-    got = onednn.conv2d(x, values, index, spec, Epilogue(bias, activation))
+    got = onednn.conv(x, values, index, spec, Epilogue(bias, activation))
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     assert got.is_contiguous()
     assert torch.equal(onednn.unpack(values, index, spec).double(), masked64(weight, spec.pattern))

@@ -84,16 +84,16 @@ def test_opcheck_linear(kernel, bias, residual, activation):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("conv", CONVS)
-def test_opcheck_conv2d(kernel, conv):
+def test_opcheck_conv(kernel, conv):
     args, _ = conv_case(kernel, conv, "2:4v2", bias=True, residual=True, activation="silu", grad=True)
-    opcheck(torch.ops.sparsedm.conv2d.default, args, kernel)
+    opcheck(torch.ops.sparsedm.conv.default, args, kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_opcheck_channels_last(kernel):
     args, _ = conv_case(kernel, bias=False)
     x = args[0].contiguous(memory_format=torch.channels_last)
-    opcheck(torch.ops.sparsedm.conv2d.default, (x, *args[1:]), kernel)
+    opcheck(torch.ops.sparsedm.conv.default, (x, *args[1:]), kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -132,7 +132,7 @@ def test_conv2d_and_its_gradients(kernel, activation, bias, residual, conv):
     _, stride, padding, dilation = CONVS[conv]
     want = ACTIVATIONS[activation](F.conv2d(x, masked64(weight, "2:4v2"), b, stride, padding, dilation))
     want = want if r is None else want + r
-    check_against(torch.ops.sparsedm.conv2d(*args), want, (args[0], args[10], args[12]), wanted)
+    check_against(torch.ops.sparsedm.conv(*args), want, (args[0], args[10], args[12]), wanted)
 
 
 def check_against(got: Tensor, want: Tensor, inputs, wanted) -> None:
@@ -169,14 +169,14 @@ def test_conv2d_answers_in_the_memory_format_of_dense(kernel, conv):
     args, weight = conv_case(kernel, conv)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = args[0].contiguous(memory_format=memory_format)
-        got = torch.ops.sparsedm.conv2d(x, *args[1:])
+        got = torch.ops.sparsedm.conv(x, *args[1:])
         assert got.stride() == F.conv2d(x, weight, None, *CONVS[conv][1:]).stride()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("pattern", "share"), [("2:4", (1, 2)), ("1:4", (1, 4)), ("7:8", (7, 8)), ("2:4v4", (1, 2))])
 def test_flops_are_those_that_are_done(kernel, pattern, share):
-    for case, op in ((linear_case, torch.ops.sparsedm.linear), (conv_case, torch.ops.sparsedm.conv2d)):
+    for case, op in ((linear_case, torch.ops.sparsedm.linear), (conv_case, torch.ops.sparsedm.conv)):
         args, weight = case(kernel, pattern=pattern)
         dense = FlopCounterMode(display=False)
         with dense:

@@ -178,7 +178,7 @@ def test_the_operators_refuse_cpu_tensors_in_words(kernel):
         torch.ops.sparsedm.linear(torch.ones(3, 64).half(), *packed, kernel, pattern, [64, 64])
     shape, constants = [64, 64, 1, 1], ([1, 1], [0, 0], [1, 1], 1)
     with pytest.raises(ValueError, match=f"kernel '{kernel}' cannot take .* runs on CUDA devices, not on cpu"):
-        torch.ops.sparsedm.conv2d(torch.ones(1, 64, 2, 2).half(), *packed, kernel, pattern, shape, *constants)
+        torch.ops.sparsedm.conv(torch.ones(1, 64, 2, 2).half(), *packed, kernel, pattern, shape, *constants)
 
 
 @pytest.mark.parametrize("kernel", ["triton", "triton_packed"])
@@ -191,7 +191,7 @@ def test_the_operators_trace_on_fake_cuda_tensors(kernel):
         assert (out.shape, out.dtype, out.device.type) == ((2, 257, 64), torch.bfloat16, "cuda")
         image = torch.empty(2, 64, 8, 8, dtype=torch.bfloat16, device="cuda")
         constants = ([1, 1], [0, 0], [1, 1], 1)
-        out = torch.ops.sparsedm.conv2d(image, *packed, kernel, "2:4v64", [64, 64, 1, 1], *constants)
+        out = torch.ops.sparsedm.conv(image, *packed, kernel, "2:4v64", [64, 64, 1, 1], *constants)
         assert out.shape == image.shape
 
 

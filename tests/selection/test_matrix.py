@@ -35,6 +35,14 @@ def test_conv2d_is_the_product_of_its_matrices(groups, kernel, stride, dilation,
     torch.testing.assert_close(by_matrices(layer, x), expected)
 
 
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (17,)), (nn.Conv3d, (5, 6, 7))])
+def test_convolutions_of_other_dimensions(kind, size):
+    layer = kind(8, 6, 3, stride=2, padding=1, dilation=2, groups=2, bias=False, dtype=torch.float64)
+    x = torch.randn(2, 8, *size, dtype=torch.float64)
+    torch.testing.assert_close(by_matrices(layer, x), layer(x).movedim(1, -1).flatten(0, -2))
+    assert torch.equal(weight_of_matrices(weight_matrices(layer), tuple(layer.weight.shape)), layer.weight)
+
+
 @settings(deadline=None, max_examples=20)
 @given(shape=st.lists(st.integers(1, 4), max_size=3))
 def test_linear_is_the_product_of_its_matrices(shape):

@@ -65,7 +65,7 @@ def test_pointwise_convolution(assert_true, memory_format):
     weight = torch.randn(spec.weight_shape)
     x = torch.randn(2, 16, 3, 5).to(memory_format=memory_format)
     epilogue = Epilogue(torch.randn(24), "silu", torch.randn(2, 24, 3, 5))
-    out = KERNEL.conv2d(x, *KERNEL.pack(weight, spec), spec, epilogue)
+    out = KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, epilogue)
     assert_true(out, x, weight, spec, epilogue)
     assert out.stride() == torch.nn.functional.conv2d(x, weight).stride()
 

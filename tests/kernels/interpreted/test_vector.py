@@ -32,7 +32,7 @@ def check(assert_true):
         torch.manual_seed(0)
         weight = torch.randn(spec.weight_shape, dtype=HALF)
         packed = KERNEL.pack(weight, spec)
-        out = (KERNEL.linear if spec.op == "linear" else KERNEL.conv2d)(x, *packed, spec, epilogue)
+        out = (KERNEL.linear if spec.op == "linear" else KERNEL.conv)(x, *packed, spec, epilogue)
         assert_true(out, x, weight, spec, epilogue)
         return out
 
