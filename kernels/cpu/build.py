@@ -4,6 +4,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -36,10 +37,18 @@ def _compiler() -> str:
 
 
 def _flags() -> list[str]:
-    """Flags without paths. ``$SPARSEDM_CPU_MARCH`` names an older processor than this one, for tests."""
+    """Flags without paths.
+
+    For tests, ``$SPARSEDM_CPU_MARCH`` names an older processor than this one, and ``$SPARSEDM_CPU_FLAGS`` adds flags
+    (``tests/sanitize.sh``).
+    """
     march = os.environ.get("SPARSEDM_CPU_MARCH", "native")
     # -O2: the speed of -O3, measured, in half the compile time. No -ffast-math: masks depend on the order of sums.
-    return [f"-march={march}", "-std=c++20", "-O2", "-fopenmp", "-fPIC", "-w"]
+    return [f"-march={march}", "-std=c++20", "-O2", "-fopenmp", "-fPIC", "-w", *_extra_flags()]
+
+
+def _extra_flags() -> list[str]:
+    return shlex.split(os.environ.get("SPARSEDM_CPU_FLAGS", ""))
 
 
 def _run(command: list[str]) -> str:
