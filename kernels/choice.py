@@ -1,9 +1,14 @@
-"""Choice of kernel: sparse against dense, timed in turn on tensors like the real ones, remembered on disk."""
+"""Choice of kernel: sparse against dense, timed in turn on tensors like the real ones, remembered on disk.
+
+Sizes of inputs are looked up by octave, so that a new batch size or resolution near a known one costs no measurement:
+see :func:`_octaves`.
+"""
 
 import logging
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -42,7 +47,7 @@ _lock = threading.RLock()
 def choose(
     spec: LayerSpec, x: Tensor, has_bias: bool, forced: str = "auto", unusual: str = "", graphs: bool = False
 ) -> Verdict:
-    """The kernel for this layer at this input.
+    """The kernel for this layer at this input, from a measurement at this size or, if there is one, at a like size.
 
     Args:
         spec: the layer; its pattern may be dense, then only dense kernels compete.
@@ -85,7 +90,9 @@ def choose(
     threads = torch.get_num_threads()
     versions = {name: get_kernel(name).version for name in able}
     graphs = graphs and spec.device == "cuda"
-    key = repr((spec, shape, memory_format, has_bias, threads, versions, *(["graphs"] if graphs else [])))
+    key = repr(
+        (spec, _octaves(spec, shape), memory_format, has_bias, threads, versions, *(["graphs"] if graphs else []))
+    )
     # One measurement at a time: two at once would time each other.
     with _lock:
         verdict = _store.get(key)
@@ -93,7 +100,7 @@ def choose(
             verdict = _measure(spec, shape, memory_format, has_bias, able, graphs)
             _store.put(key, verdict)
     if not sparse and not spec.pattern.is_dense:
-        return Verdict(verdict.kernel, _explain_refusals(refusals), None, verdict.dense_seconds, None)
+        return replace(verdict, reason=_explain_refusals(refusals), sparse_seconds=None, ratio=None)
     return verdict
 
 
@@ -143,14 +150,15 @@ def _measure(
 
     if best_dense != _NATIVE and median_ratio(times[_NATIVE], times[best_dense])[0] < _MARGIN:
         best_dense = _NATIVE
+    at = "x".join(map(str, shape))
     if not sparse:
-        return Verdict(best_dense, f"fastest dense: {best_dense}", None, seconds[best_dense], None, not busy)
+        reason = f"fastest dense at {at}: {best_dense}"
+        return Verdict(best_dense, reason, None, seconds[best_dense], None, not busy, shape)
     best = min(sparse, key=seconds.__getitem__)
     gain, _ = median_ratio(times[best_dense], times[best])
     winner = best if gain >= _MARGIN else best_dense
-    at = "x".join(map(str, shape))
     reason = f"{gain:.2f}x the fastest dense ({best_dense}) at {at}" + (", on a busy machine" if busy else "")
-    return Verdict(winner, reason, seconds[best], seconds[best_dense], gain, not busy)
+    return Verdict(winner, reason, seconds[best], seconds[best_dense], gain, not busy, shape)
 
 
 def _in_rows(candidates: dict[str, Callable[[], Tensor]], graphs: bool) -> dict[str, Callable[[], object]]:
@@ -180,10 +188,20 @@ def _measured_shape(x: Tensor) -> tuple[int, ...] | None:
     """The shape to measure at; None where a size has no hint (unbacked symbols)."""
     if not all(isinstance(size, int) or size.node.has_hint() for size in x.shape):
         return None
-    first, *rest = (size if isinstance(size, int) else int(size.node.hint) for size in x.shape)
-    return (batch_bucket(first), *rest) if rest else (first,)  # (in,) alone has no batch to round up
+    return tuple(max(1, size if isinstance(size, int) else int(size.node.hint)) for size in x.shape)
 
 
-def batch_bucket(size: int) -> int:
-    """Batch sizes are measured at powers of two, so that few are ever measured."""
-    return 1 << (size - 1).bit_length() if size > 1 else 1
+def _octaves(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What of an input's size a verdict holds for: the power of two nearest to the tokens of a linear layer, and those
+    nearest to the images and to the pixels of one image for a convolution.
+
+    A size is within a factor of sqrt(2) of its power of two. Ratios of sparse to dense change slowly with the size, and
+    where they do not, at few tokens, octaves are narrow.
+    """
+    if spec.op == "linear":
+        return (_octave(math.prod(shape[:-1])),)
+    return _octave(shape[0]), _octave(math.prod(shape[2:]))
+
+
+def _octave(size: int) -> int:
+    return round(math.log2(size))

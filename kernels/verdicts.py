@@ -35,6 +35,7 @@ class Verdict:
         sparse_seconds, dense_seconds: medians of one call of the fastest of each kind, where measured.
         ratio: median of dense over sparse, timed in turn; above one, sparse is faster.
         settled: whether the machine was quiet enough for the verdict to be remembered on disk.
+        measured_at: shape of the input that was timed; empty where none was. A verdict serves inputs of like size too.
     """
 
     kernel: str
@@ -43,6 +44,10 @@ class Verdict:
     dense_seconds: float | None = None
     ratio: float | None = None
     settled: bool = True
+    measured_at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measured_at", tuple(self.measured_at))  # JSON makes it a list
 
 
 class VerdictStore:

@@ -28,7 +28,7 @@ class LayerReport:
         kernel: the kernel that ran it; ``"dense"`` is torch's own operator in Inductor's graph; ``"not run"`` if no
             compiled graph used it.
         sparse_ms, dense_ms: measured milliseconds of one call of the fastest kernel of each kind; None where not
-            measured.
+            measured. An input of like size may have been timed: ``reason`` names its shape.
         reason: why this kernel, or why dense.
     """
 

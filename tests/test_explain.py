@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsedm_compile as sdm
+from sparsedm_compile.kernels import choice
+from sparsedm_compile.kernels.verdicts import VerdictStore
 
 FORCED = {"kernel": "cpu"}
 
@@ -95,6 +97,18 @@ def test_measured_layers_have_both_times(image):
         assert (layer.kernel == "cpu") <= (layer.sparse_ms <= layer.dense_ms * 1.5)
     assert "convolutions of one group" in report["grouped"].reason
     assert report["grouped"].sparse_ms is None
+
+
+def test_says_at_which_size_a_layer_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEDM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choice, "_store", VerdictStore())
+    model = nn.Linear(64, 64).eval()
+    sdm.sparsify(model, "2:4")
+    first = sdm.explain(model, torch.randn(2, 32, 64))[""]
+    monkeypatch.setattr(choice, "paired_times", None)  # nothing is timed again
+    second = sdm.explain(model, torch.randn(2, 36, 64))[""]
+    assert second.reason.endswith((" at 2x32x64", " at 2x32x64, on a busy machine")) or second.sparse_ms is None
+    assert (second.kernel, second.reason, second.dense_ms) == (first.kernel, first.reason, first.dense_ms)
 
 
 def test_the_reference_kernel_counts_as_no_sparse_kernel(image):

@@ -1,5 +1,6 @@
 """What each pattern of each layer costs in time: the backend's own measured choices, and the whole dense model once."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsedm_compile.budget.choices import Choice, layer_choices
 from sparsedm_compile.kernels import get_kernel, kernel_names
-from sparsedm_compile.kernels.choice import batch_bucket, choose
+from sparsedm_compile.kernels.choice import choose
 from sparsedm_compile.kernels.verdicts import Verdict
 from sparsedm_compile.modes import evaluating
 from sparsedm_compile.packed_layers import spec_of
@@ -153,11 +154,12 @@ def _call_times(layer: nn.Module, x: Tensor, options: Sequence[Pattern]) -> dict
         pattern: choose(replace(spec, pattern=pattern), x, layer.bias is not None)
         for pattern in dict.fromkeys((DENSE, *options))
     }
-    dense = next((v.dense_seconds for v in verdicts.values() if v.dense_seconds is not None), None)
-    if dense is None:
+    timed = next((v for v in verdicts.values() if v.dense_seconds is not None), None)
+    if timed is None:
         return None
-    scale = 1e3 * (len(x) / batch_bucket(len(x)) if x.dim() > 1 else 1)
-    return {str(pattern): dense * scale / _speedup(verdict) for pattern, verdict in verdicts.items()}
+    # A verdict may come from an input of like size.
+    dense = 1e3 * timed.dense_seconds * x.numel() / math.prod(timed.measured_at)
+    return {str(pattern): dense / _speedup(verdict) for pattern, verdict in verdicts.items()}
 
 
 def _speedup(verdict: Verdict) -> float:

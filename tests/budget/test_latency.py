@@ -22,13 +22,15 @@ def known_times(monkeypatch):
     def choose(spec, x, has_bias):
         assert x.device.type == "meta"  # a whole model's activations would not fit in memory
         asked.append((spec, tuple(x.shape), has_bias))
-        dense = 1.0 if spec.op == "linear" else 2.0
+        dense, at = 1.0 if spec.op == "linear" else 2.0, (4, *x.shape[1:]) if len(x) == 3 else tuple(x.shape)
         if spec.pattern == Pattern(2, 4):
             # The times of one verdict and another's were taken apart: only the ratio counts.
-            return Verdict("cpu", "faster", sparse_seconds=30 * dense, dense_seconds=60 * dense, ratio=2.0)
+            return Verdict(
+                "cpu", "faster", sparse_seconds=30 * dense, dense_seconds=60 * dense, ratio=2.0, measured_at=at
+            )
         if spec.pattern.is_dense:
-            return Verdict("onednn", "dense", dense_seconds=dense)
-        return Verdict("dense", "slower", sparse_seconds=9 * dense, dense_seconds=dense, ratio=1 / 9)
+            return Verdict("onednn", "dense", dense_seconds=dense, measured_at=at)
+        return Verdict("dense", "slower", sparse_seconds=9 * dense, dense_seconds=dense, ratio=1 / 9, measured_at=at)
 
     monkeypatch.setattr(latency, "choose", choose)
     monkeypatch.setattr(torch, "compile", lambda model, backend: model)
@@ -47,7 +49,7 @@ def test_times_of_layers_come_from_the_choice(model, inputs, known_times, unchan
 
 
 def test_times_are_scaled_to_the_batch(model, known_times):
-    # The choice measures 3 images as 4.
+    # The verdict for 3 images was measured at 4.
     table = measure_latency(model, (torch.zeros(3, 32), torch.zeros(3)), candidates=CANDIDATES, policy="all")
     assert table.layers["conv"]["2:4"] == 750.0
 

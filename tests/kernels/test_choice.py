@@ -84,6 +84,37 @@ def test_measures_once_for_each_layer_and_input(clock):
     assert len(measured) == 4
 
 
+@pytest.mark.parametrize(
+    ("spec", "first", "alike", "others"),
+    [
+        (SPEC, (2, 512, 64), [(1024, 64), (1, 1448, 64), (3, 250, 64)], [(1, 1449, 64), (1, 724, 64), (64,)]),
+        (
+            LayerSpec("conv2d", (32, 32, 3, 3), Pattern(2, 4), padding=(1, 1)),
+            (4, 32, 16, 16),
+            [(3, 32, 18, 14), (5, 32, 16, 20), (4, 32, 32, 8)],
+            [(4, 32, 32, 32), (2, 32, 16, 16), (16, 32, 8, 8)],
+        ),
+        (
+            LayerSpec("conv2d", (32, 32, 1, 3), Pattern(2, 4), padding=(0, 1)),  # of conv1d
+            (2, 32, 64),
+            [(2, 32, 80)],
+            [(2, 32, 128)],
+        ),
+    ],
+    ids=["linear", "conv2d", "conv1d"],
+)
+def test_a_like_size_is_not_measured_again(clock, spec, first, alike, others):
+    _, measured = clock
+    verdict = choose(spec, torch.empty(first, device="meta"), True)
+    for shape in alike:
+        again = choose(spec, torch.empty(shape, device="meta"), True)
+        assert again == verdict  # which names the size that was measured
+    assert len(measured) == 1
+    for count, shape in enumerate(others, start=2):
+        assert choose(spec, torch.empty(shape, device="meta"), True).measured_at != verdict.measured_at
+        assert len(measured) == count
+
+
 def test_remembers_across_processes(clock, monkeypatch):
     _, measured = clock
     first = choose(SPEC, X, True)
