@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed import DistError
 
 
 class NoiseProcess(Protocol):
@@ -172,9 +174,9 @@ def _mix(
 def _predict(model: nn.Module, x_t: Tensor, time: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
     try:
         output = model(x_t, time, *condition)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
     except (TypeError, AttributeError, IndexError, RuntimeError) as error:  # what a wrong call ends in, far inside
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, DistError, BackendCompilerFailed)):
+            raise
         conditions = "".join(f", a condition {tuple(value.shape)} of {value.dtype}" for value in condition)
         raise ValueError(
             f"the model cannot be called with x_t {tuple(x_t.shape)}, times {tuple(time.shape)}"

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from sparsedm_compile.noise import VPSDE, SchedulerProcess
 
@@ -111,11 +112,19 @@ class TestCallsThatCannotWork:
         with pytest.raises(TypeError, match="answers tuple: wrap it"):
             VPSDE().predict_noise(lambda x, t: (x, t), torch.zeros(2, 3), torch.rand(2))
 
-    def test_no_memory_is_no_wrong_call(self):
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("no memory"),
+            torch.distributed.DistError("a process is gone"),
+            BackendCompilerFailed(lambda: None, ValueError("no compiler"), None),
+        ],
+    )
+    def test_failures_of_the_machine_are_no_wrong_calls(self, error):
         def model(x, t):
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
 
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error)):
             VPSDE().predict_noise(model, torch.zeros(2, 3), torch.rand(2))
 
 

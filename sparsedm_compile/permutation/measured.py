@@ -54,7 +54,7 @@ class PrunedDamage:
 def least_damage(
     candidates: Sequence[np.ndarray], coupled: Sequence[Coupled], damage: PrunedDamage
 ) -> tuple[np.ndarray, float, float]:
-    """For each set of coupled axes the candidate that costs least, or the order at hand; one set after another.
+    """The best candidate, and from there for each set of coupled axes the best one, the order at hand among them.
 
     Single families would be finer, but a convolutional model has hundreds, and each trial is a pass over the data.
 
@@ -64,8 +64,10 @@ def least_damage(
     Returns:
         The content; the damage of the order at hand; the damage of the content, which is no larger.
     """
-    content = np.arange(len(candidates[0]))
-    before = least = damage(content)
+    candidates = [np.arange(len(candidates[0])), *candidates]
+    damages = [damage(candidate) for candidate in candidates]
+    least = min(damages)
+    content = candidates[damages.index(least)]
     for component in coupled:
         elements = np.concatenate([np.arange(axis.start, axis.start + axis.size) for axis in component.axes])
         start = content
@@ -76,4 +78,4 @@ def least_damage(
                 continue
             if (found := damage(trial)) < least:
                 content, least = trial, found
-    return content, before, least
+    return content, damages[0], least

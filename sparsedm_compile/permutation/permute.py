@@ -61,8 +61,8 @@ def permute_channels(
         pattern, policy, rules: of a dense model's masks to come, as in :func:`sparsify`; ``pattern`` defaults to
             ``"2:4"``.
         calibration: what the model is called with, see :func:`calibration_set`; two passes over it for each set of
-            coupled axes. Orders that keep magnitude are then weighed against orders that keep magnitude times the root
-            mean square of the inputs, as in Wanda, and each set of axes takes the one, if any, that lowers the damage
+            coupled axes. An order that keeps magnitude is then weighed against one that keeps magnitude times the root
+            mean square of the inputs, as in Wanda, and against the order at hand, for each set of axes, by the damage
             of pruning by magnitude: the mean squared change of the output. Without it what the masks keep is all that
             is looked at, and where a permutation gains little, the damage may even rise; see
             ``bench/permutation.py``.
@@ -108,7 +108,7 @@ def permute_channels(
         def searched(scores: Mapping[str, Tensor]) -> np.ndarray:
             weights = defaultdict(list)
             for name, score in scores.items():
-                score = score.reshape(*score.shape[:2], -1)
+                score = score.reshape(*score.shape[:2], -1).clone()  # the search permutes it
                 weights[names[id(targets[name])]].append(SparseWeight(plan[name].pattern, score))
             return search(solution.families, channels.axes, weights, seed)
 

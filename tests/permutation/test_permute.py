@@ -14,6 +14,7 @@ import sparsedm_compile as sdm
 from sparsedm_compile.calibration import CalibrationBatch
 from sparsedm_compile.permutation import permute, permute_channels
 from sparsedm_compile.permutation.propagation import Propagation
+from sparsedm_compile.permutation.search import search
 
 
 class Mlp(nn.Module):
@@ -128,6 +129,20 @@ class TestByCalibration:
         report = permute_channels(mlp, x, calibration=calibration_of(x), **options)
         assert pruned_damage(mlp, x, **options) == pytest.approx(report.damage_after, rel=1e-4)
         assert report.damage_after <= before * (1 + 1e-4)
+
+    def test_both_searches_see_the_weights_as_they_lie(self, mlp, x, monkeypatch):
+        """The second one too: the first permutes what it is given."""
+        seen = []
+
+        def spy(families, axes, weights, seed):
+            seen.append({name: weight.magnitude[..., 0].clone() for name, (weight,) in weights.items()})
+            return search(families, axes, weights, seed)
+
+        monkeypatch.setattr(permute, "search", spy)
+        weight, hidden = mlp.down.weight.detach().clone().abs(), F.gelu(mlp.up(x)).detach()
+        permute_channels(mlp, x, calibration=calibration_of(x), policy="all", rules={"up": "dense"})
+        torch.testing.assert_close(seen[0]["down.weight"], weight)
+        torch.testing.assert_close(seen[1]["down.weight"], weight * hidden.square().mean(0).sqrt())
 
     def test_scores_of_a_convolution_are_those_of_its_taps(self):
         torch.manual_seed(0)
