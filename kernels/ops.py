@@ -42,6 +42,8 @@ def _linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     spec = _spec("linear", pattern, tuple(weight_shape), x.dtype, x.device.type)
+    if activation == "geglu" and not get_kernel(kernel).gates(spec):
+        raise ValueError(f"kernel {kernel!r} does not apply geglu to a weight of shape {tuple(weight_shape)}")
     return get_kernel(kernel).linear(x, values, index, spec, Epilogue(bias, activation, residual))
 
 
@@ -112,7 +114,7 @@ def _linear_fake(x, values, index, kernel, pattern, weight_shape, bias=None, act
         x.shape[-1] == weight_shape[1],
         lambda: f"sparsedm::linear: the last dimension of x is {x.shape[-1]}, the weight takes {weight_shape[1]}",
     )
-    return x.new_empty(*x.shape[:-1], weight_shape[0])
+    return x.new_empty(*x.shape[:-1], weight_shape[0] // (2 if activation == "geglu" else 1))
 
 
 @torch.library.register_fake("sparsedm::conv")
@@ -155,6 +157,9 @@ def _activation_grad(grad: Tensor, product: Tensor, activation: str) -> Tensor:
             return torch.ops.aten.gelu_backward(grad, product, approximate="tanh")
         case "silu":
             return torch.ops.aten.silu_backward(grad, product)
+        case "geglu":
+            value, gate = product.chunk(2, dim=-1)
+            return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
         case _:
             return grad
 
@@ -176,7 +181,7 @@ def _linear_backward(ctx, grad):
     grad_product = grad
     if ctx.activation != "none":
         grad_product = _activation_grad(grad, F.linear(x, weight, bias), ctx.activation)
-    grad_bias = grad_product.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
+    grad_bias = grad_product.reshape(-1, grad_product.shape[-1]).sum(0) if ctx.has_bias else None
     return grad_product @ weight, None, None, None, None, None, grad_bias, None, grad if ctx.has_residual else None
 
 

@@ -12,7 +12,8 @@ from torch._prims_common import suggest_memory_format
 
 from sparsedm_compile.pattern import Pattern
 
-Activation = Literal["none", "gelu", "gelu_tanh", "silu"]
+#: "geglu": ``first half * gelu(second half)`` of the output channels (Shazeer, GLU Variants Improve Transformer, 2020)
+Activation = Literal["none", "gelu", "gelu_tanh", "silu", "geglu"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Epilogue:
 
     Attributes:
         bias: ``(out,)`` or None.
+        activation: ``"geglu"`` makes the output half as wide, and is for a kernel that ``gates`` the layer.
         residual: the shape of the output, or None.
     """
 
@@ -93,6 +95,10 @@ class Kernel(ABC):
     @abstractmethod
     def refusal(self, spec: LayerSpec) -> str | None:
         """Why this kernel cannot take the layer, or None if it can. Never raises, never compiles anything on meta."""
+
+    def gates(self, spec: LayerSpec) -> bool:
+        """Whether it takes the activation ``"geglu"`` for this layer."""
+        return False
 
     @abstractmethod
     def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:

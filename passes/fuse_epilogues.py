@@ -4,6 +4,7 @@ The kernel does so on registers that it is about to write; left outside, each is
 """
 
 import operator
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,19 @@ from sparsedm_compile.passes.effects import may_write
 from sparsedm_compile.passes.lowering import LayerNode, Lowering
 
 _ADDS = (operator.add, torch.add)
+_MULS = (operator.mul, torch.mul)
 
 
 def fuse_epilogues(lowering: Lowering) -> None:
-    """Pull ``gelu``, ``silu`` and then ``+ residual`` into the ``sparsedm`` operator before them.
+    """Pull ``gelu``, ``silu`` or ``geglu``, and then ``+ residual``, into the ``sparsedm`` operator before them.
 
     Only where the output of the layer has no other use, and no operator in between works in place.
     """
     for layer in lowering.layers:
         if layer.verdict is None or layer.verdict.kernel == "dense" or not get_kernel(layer.verdict.kernel).fuses:
             continue
+        if get_kernel(layer.verdict.kernel).gates(layer.spec):
+            _absorb_gate(lowering, layer)
         activation = _only_user(layer.node)
         name = _activation_name(activation) if activation is not None else None
         if name is not None:
@@ -48,6 +52,30 @@ def _activation_name(node: fx.Node) -> str | None:
     return None
 
 
+def _absorb_gate(lowering: Lowering, layer: LayerNode) -> None:
+    """Take in ``value * gelu(gate)``, where value and gate are the halves of the output, as in diffusers' GEGLU."""
+    halves = _only_user(layer.node)
+    if halves is None or not _is_halving(halves, layer.node.meta["example_value"].dim()):
+        return
+    items = {item.args[1]: item for item in halves.users}
+    if len(halves.users) != 2 or items.keys() != {0, 1}:
+        return
+    product, activated = (_only_user(items[i]) for i in (0, 1))
+    if activated is None or _activation_name(activated) != "gelu" or _only_user(activated) is not product:
+        return
+    if product is None or product.target not in _MULS or set(product.args) != {items[0], activated} or product.kwargs:
+        return
+    _absorb(lowering, layer, product, (activated, items[1], items[0], halves), activation="geglu")
+
+
+def _is_halving(node: fx.Node, dims: int) -> bool:
+    """Whether it is ``chunk(2)`` along the last of ``dims`` dimensions."""
+    if node.target not in ("chunk", torch.chunk) or (node.args[1:2] or (node.kwargs.get("chunks"),)) != (2,):
+        return False
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return dim in (-1, dims - 1)
+
+
 def _residual(layer: fx.Node, add: fx.Node) -> fx.Node | None:
     """The other term of ``add``, if it is a tensor just like the layer's output."""
     if add.op != "call_function" or add.target not in _ADDS or add.kwargs or len(add.args) != 2:
@@ -62,8 +90,12 @@ def _residual(layer: fx.Node, add: fx.Node) -> fx.Node | None:
     return other if tuple(theirs.shape) == tuple(mine.shape) else None
 
 
-def _absorb(lowering: Lowering, layer: LayerNode, node: fx.Node, **epilogue) -> None:
-    """Move the layer to where ``node`` stands, with ``node`` as its epilogue."""
+def _absorb(lowering: Lowering, layer: LayerNode, node: fx.Node, between: Sequence[fx.Node] = (), **epilogue) -> None:
+    """Move the layer to where ``node`` stands, with ``node`` as its epilogue.
+
+    Args:
+        between: what else of the epilogue goes, last use first.
+    """
     old = layer.node
     if _mutates_between(old, node):
         return
@@ -71,8 +103,8 @@ def _absorb(lowering: Lowering, layer: LayerNode, node: fx.Node, **epilogue) -> 
         fused = lowering.gm.graph.call_function(old.target, old.args, {**old.kwargs, **epilogue})
     fused.meta = dict(node.meta)
     node.replace_all_uses_with(fused)
-    lowering.gm.graph.erase_node(node)
-    lowering.gm.graph.erase_node(old)
+    for gone in (node, *between, old):
+        lowering.gm.graph.erase_node(gone)
     layer.node = fused
 
 

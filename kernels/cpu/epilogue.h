@@ -18,7 +18,7 @@
 
 namespace sparsedm {
 
-enum Activation : int64_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
+enum Activation : int64_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kGeglu = 4 };
 
 template <class Function>
 inline void map(float* data, int64_t size, Function f) {
@@ -32,7 +32,8 @@ inline void activate(float* data, int64_t size, Activation activation) {
   using V = at::vec::Vectorized<float>;
   const V half(0.5f), one(1.0f);
   switch (activation) {
-    case kNone: return;
+    case kNone:
+    case kGeglu: return;  // of two channels: see apply_gates
     case kGelu:
       return map(data, size, [&](V x) { return half * x * (one + (x * V(0.70710678118654752f)).erf()); });
     case kGeluTanh:
@@ -41,6 +42,12 @@ inline void activate(float* data, int64_t size, Activation activation) {
       });
     case kSilu: return map(data, size, [&](V x) { return x / (one + x.neg().exp()); });
   }
+}
+
+// values *= gelu(gates), in whole registers; overwrites the gates.
+inline void apply_gates(float* values, float* gates, int64_t size) {
+  activate(gates, size, kGelu);
+  for (int64_t i = 0; i < size; i += kWidth) store(values + i, load(values + i) * load(gates + i));
 }
 
 // A panel of finished sums: out[channel - channel0][token - token0], rows `stride` floats apart.

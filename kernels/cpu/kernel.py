@@ -6,7 +6,9 @@ from torch import Tensor
 from sparsedm_compile.kernels.cpu import build
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 
-_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "geglu": 4}
+# Output channels go through the C++ in units of so many (kUnit), and a unit of values meets a unit of gates.
+_UNIT = 128
 
 
 class CpuKernel(Kernel):
@@ -37,6 +39,10 @@ class CpuKernel(Kernel):
         if len(spec.weight_shape) != dims:
             return f"a {spec.op} weight has {dims} dimensions, not {len(spec.weight_shape)}"
         return spec.pattern.refusal(spec.weight_shape) or build.load()
+
+    def gates(self, spec: LayerSpec) -> bool:
+        """See :meth:`Kernel.gates`; a fourth of the memory traffic of the product's output and a pass over it."""
+        return spec.op == "linear" and spec.weight_shape[0] % (2 * _UNIT) == 0
 
     def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         """See :meth:`Kernel.pack`; one pass, on all threads.

@@ -46,4 +46,7 @@ def _finish(z: Tensor, epilogue: Epilogue, channel_dim: int) -> Tensor:
         z = z * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
     elif epilogue.activation == "silu":
         z = z / (1 + torch.exp(-z))
+    elif epilogue.activation == "geglu":
+        value, gate = z.tensor_split(2, dim=-1)
+        z = value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
     return z if epilogue.residual is None else z + epilogue.residual.double()

@@ -84,14 +84,17 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::In
   Tensor rows = x.reshape({-1, layout.channels});
   if (rows.stride(1) != 1) rows = rows.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = layout.out;
+  const bool gated = activation == kGeglu;
+  TORCH_CHECK_VALUE(!gated || layout.out % (2 * kUnit) == 0, "activation: geglu needs a multiple of ", 2 * kUnit,
+                    " output channels, got ", layout.out);
+  shape.back() = gated ? layout.out / 2 : layout.out;
   Tensor out = at::empty(shape, x.options(), at::MemoryFormat::Contiguous);
   const Tensor addend = residual_like(residual, out, at::MemoryFormat::Contiguous);
   if (rows.size(0) == 0) return out;
   const Tensor start = bias_or_zero(bias, layout, x);
   run(layout, values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
       static_cast<Activation>(activation), rows.size(0), TokenRows{rows.const_data_ptr<float>(), rows.stride(0)},
-      TokenMajor{out.mutable_data_ptr<float>(), data_or_null(addend), layout.out});
+      TokenMajor{out.mutable_data_ptr<float>(), data_or_null(addend), shape.back()});
   return out;
 }
 

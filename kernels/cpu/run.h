@@ -44,9 +44,9 @@ class Scratch {
 struct Cut {
   int64_t panels, chunks, batch;
 
-  Cut(int64_t vectors, int64_t most_vectors, const Layout& layout, int64_t threads) {
-    const int64_t units = layout.units();
-    const int64_t most_units = kSumBytes / (kUnit * most_vectors * kBytes);
+  // `units` of channels, each with `parts` of them computed together.
+  Cut(int64_t vectors, int64_t most_vectors, const Layout& layout, int64_t units, int64_t parts, int64_t threads) {
+    const int64_t most_units = kSumBytes / (kUnit * most_vectors * kBytes * parts);
     panels = (vectors + most_vectors - 1) / most_vectors;
     chunks = (units + most_units - 1) / most_units;
     batch = 1;
@@ -79,15 +79,17 @@ void run(const Layout& layout, const float* values, const int16_t* index, const 
   // One register more: convolutions store whole registers past the last run of tokens.
   constexpr int64_t panel_size = kPanelBytes / static_cast<int64_t>(sizeof(float)) + 16;
   const int64_t vectors = (tokens + kWidth - 1) / kWidth;
-  const Cut cut(vectors, Tile<channels>::vectors, layout, at::get_num_threads());
+  // A gate stands half of all channels behind its value; the two units meet in one task.
+  const int64_t parts = activation == kGeglu ? 2 : 1, units = layout.units() / parts;
+  const Cut cut(vectors, Tile<channels>::vectors, layout, units, parts, at::get_num_threads());
   const int64_t batches = (cut.panels + cut.batch - 1) / cut.batch;
   at::parallel_for(0, batches * cut.chunks, 1, [&](int64_t begin, int64_t end) {
     static thread_local Workspace memory;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / batches, which = task % batches;
       const int64_t panel0 = cut.panels * which / batches, panel1 = cut.panels * (which + 1) / batches;
-      const int64_t unit0 = layout.units() * chunk / cut.chunks, unit1 = layout.units() * (chunk + 1) / cut.chunks;
-      const int64_t sums_size = (std::min(layout.out, unit1 * kUnit) - unit0 * kUnit + 1) * stride;
+      const int64_t unit0 = units * chunk / cut.chunks, unit1 = units * (chunk + 1) / cut.chunks;
+      const int64_t sums_size = ((std::min(layout.out, unit1 * kUnit) - unit0 * kUnit) * parts + 1) * stride;
       float* panels = memory.panels.get((panel1 - panel0) * panel_size);
       float* sums = memory.sums.get((panel1 - panel0) * sums_size);
       const auto first_vector = [&](int64_t p) { return vectors * p / cut.panels; };
@@ -99,23 +101,31 @@ void run(const Layout& layout, const float* values, const int16_t* index, const 
           cursors[p].fill(panels + p * panel_size, stride, layout.first(block) * layout.m,
                           layout.first(block + 1) * layout.m);
         // Pairs name their channels within a unit; other groups stand in order.
-        for (int64_t unit = unit0; unit < unit1; ++unit) {
+        for (int64_t at = unit0 * parts; at < unit1 * parts; ++at) {
+          const int64_t part = at % parts, unit = at / parts + part * units;
           const int64_t group0 = unit * layout.groups_per_unit();
           const int64_t group1 = std::min(layout.groups(), (unit + 1) * layout.groups_per_unit());
           const int64_t channel0 = unit * kUnit, channel1 = std::min(layout.out, channel0 + kUnit);
           for (int64_t p = 0; p < panel1 - panel0; ++p) {
             const int64_t v0 = first_vector(panel0 + p), v1 = first_vector(panel0 + p + 1);
-            float* unit_sums = sums + p * sums_size + (unit - unit0) * kUnit * stride;
+            float* unit_sums = sums + p * sums_size + (at - unit0 * parts) * kUnit * stride;
             multiply_for<channels, pairs>(v1 - v0)(
                 {values + layout.values_at(block, group0), index + layout.index_at(block, group0), layout.kept(block),
                  group1 - group0, reinterpret_cast<const char*>(panels + p * panel_size), unit_sums,
                  block == 0 ? bias + channel0 : nullptr});
-            if (block + 1 < layout.blocks) continue;
+            if (block + 1 < layout.blocks || part + 1 < parts) continue;
             // Finished sums leave while they are in the cache, and their stores drain beneath the next products.
             const int64_t token0 = v0 * kWidth, token1 = std::min(tokens, v1 * kWidth);
+            const int64_t count = channel1 - channel0;
+            if (activation == kGeglu) {
+              float* value_sums = unit_sums - kUnit * stride;
+              for (int64_t c = 0; c < count; ++c)
+                apply_gates(value_sums + c * stride, unit_sums + c * stride, token1 - token0);
+              sink(Sums{value_sums, stride, channel0 - units * kUnit, channel1 - units * kUnit, token0, token1});
+              continue;
+            }
             if (activation != kNone) {
-              for (int64_t c = 0; c < channel1 - channel0; ++c)
-                activate(unit_sums + c * stride, token1 - token0, activation);
+              for (int64_t c = 0; c < count; ++c) activate(unit_sums + c * stride, token1 - token0, activation);
             }
             sink(Sums{unit_sums, stride, channel0, channel1, token0, token1});
           }

@@ -19,8 +19,11 @@ def apply_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
             out = F.gelu(product, approximate="tanh")
         case "silu":
             out = F.silu(product)
+        case "geglu":
+            value, gate = product.chunk(2, dim=-1)
+            out = value * F.gelu(gate)
         case other:
-            raise ValueError(f"unknown activation {other!r}: one of none, gelu, gelu_tanh, silu")
+            raise ValueError(f"unknown activation {other!r}: one of none, gelu, gelu_tanh, silu, geglu")
     return out if epilogue.residual is None else out + epilogue.residual
 
 
@@ -39,6 +42,9 @@ class ReferenceKernel(Kernel):
         if spec.pattern.is_dense:
             return "the pattern is dense"
         return spec.pattern.refusal(spec.weight_shape, spec.groups)
+
+    def gates(self, spec: LayerSpec) -> bool:
+        return spec.op == "linear" and spec.weight_shape[0] % 2 == 0
 
     def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         p = spec.pattern

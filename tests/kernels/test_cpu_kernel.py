@@ -153,6 +153,31 @@ def test_memory_beside_the_image_is_never_used() -> None:
         assert_close(actual, conv2d_naive(x, weight, spec, Epilogue()))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("out", "width", "tokens"), [(256, 32, 5), (1280, 200, 130), (2560, 64, 17)])
+@pytest.mark.parametrize("pattern", ["2:4", "2:4v2", "1:4v4"])
+def test_gates_meet_their_values(pattern: str, out: int, width: int, tokens: int, threads: int) -> None:
+    spec = LayerSpec("linear", (out, width), Pattern.parse(pattern))
+    weight, x, residual = seeded(out, width), seeded(tokens, width, seed=1), seeded(tokens, out // 2, seed=2)
+    product = x.double() @ (weight * magnitude_mask(weight, spec.pattern)).double().T
+    value, gate = (product + seeded(out, seed=3).double()).chunk(2, dim=-1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, Epilogue(seeded(out, seed=3), "geglu", residual))
+    finally:
+        torch.set_num_threads(before)
+    assert_close(actual, value * F.gelu(gate) + residual)
+
+
+def test_gates_need_whole_units_of_channels() -> None:
+    spec = LayerSpec("linear", (384, 32), Pattern(2, 4))
+    assert not KERNEL.gates(spec)
+    assert not KERNEL.gates(LayerSpec("conv2d", (256, 32, 1, 1), Pattern(2, 4)))
+    with pytest.raises(ValueError, match="geglu needs a multiple of 256 output channels, got 384"):
+        KERNEL.linear(seeded(2, 32), *KERNEL.pack(seeded(384, 32), spec), spec, Epilogue(activation="geglu"))
+
+
 def test_no_tokens() -> None:
     spec = LayerSpec("linear", (8, 8), Pattern(2, 4))
     assert KERNEL.linear(torch.empty(0, 8), *KERNEL.pack(seeded(8, 8), spec), spec, Epilogue()).shape == (0, 8)

@@ -82,6 +82,29 @@ def test_opcheck_linear(kernel, bias, residual, activation):
     opcheck(torch.ops.sparsedm.linear.default, args, kernel)
 
 
+def gated_case(kernel, grad=True):
+    weight = random(256, 64) / 8
+    spec = LayerSpec("linear", (256, 64), Pattern(2, 4))
+    x, b, r = (random(*shape, seed=i).requires_grad_(grad) for i, shape in enumerate([(3, 64), (256,), (3, 128)]))
+    return (x, *able(kernel, spec).pack(weight, spec), kernel, "2:4", [256, 64], b, "geglu", r), weight
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_geglu(kernel):
+    args, weight = gated_case(kernel)
+    opcheck(torch.ops.sparsedm.linear.default, args, kernel)
+    wanted = [t.detach().double().requires_grad_() for t in (args[0], args[6], args[8])]
+    value, gate = F.linear(wanted[0], masked64(weight, "2:4"), wanted[1]).chunk(2, dim=-1)
+    want = value * F.gelu(gate) + wanted[2]
+    check_against(torch.ops.sparsedm.linear(*args), want, (args[0], args[6], args[8]), wanted)
+
+
+def test_a_kernel_that_does_not_gate_says_so():
+    args, _ = gated_case("onednn", grad=False)
+    with pytest.raises(ValueError, match=r"kernel 'onednn' does not apply geglu to a weight of shape \(256, 64\)"):
+        torch.ops.sparsedm.linear(*args)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("conv", CONVS)
 def test_opcheck_conv(kernel, conv):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
 from torch import nn
 
 import sparsedm_compile as sdm
@@ -72,6 +73,64 @@ def test_fuses(lower, targets, layer, case):
 def test_fuses_into_convolutions(lower, targets, conv):
     lowering = check(lower, lambda x: x + F.silu(conv(x)), torch.randn(2, 32, 6, 6))
     assert targets(lowering) == ["conv.default"]
+
+
+@pytest.fixture
+def gated():
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 256).eval()
+    sdm.sparsify(layer, "2:4")
+    return layer
+
+
+def halves(f, x, **kwargs):
+    return torch.chunk(f(x), 2, **kwargs)
+
+
+GATED = {
+    "method": lambda f, x: (lambda v, g: v * F.gelu(g))(*f(x).chunk(2, dim=-1)),
+    "function": lambda f, x: (lambda v, g: v * F.gelu(g))(*halves(f, x, dim=2)),
+    "gate first in the product": lambda f, x: (lambda v, g: torch.mul(F.gelu(g), v))(*halves(f, x, dim=-1)),
+    "residual behind it": lambda f, x: x.repeat(1, 1, 4) + (lambda v, g: v * F.gelu(g))(*halves(f, x, dim=-1)),
+}
+NOT_GATED = {
+    "first half activated": lambda f, x: (lambda v, g: F.gelu(v) * g)(*halves(f, x, dim=-1)),
+    "tanh": lambda f, x: (lambda v, g: v * F.gelu(g, approximate="tanh"))(*halves(f, x, dim=-1)),
+    "halves of the tokens": lambda f, x: (lambda v, g: v * F.gelu(g))(*halves(f, x, dim=0)),
+    "four parts": lambda f, x: (lambda v, g, *_: v * F.gelu(g))(*torch.chunk(f(x), 4, dim=-1)),
+    "gate used again": lambda f, x: (lambda v, g: v * F.gelu(g) + g)(*halves(f, x, dim=-1)),
+    "value used again": lambda f, x: (lambda v, g: v * F.gelu(g) + v)(*halves(f, x, dim=-1)),
+    "gelu used again": lambda f, x: (lambda v, g: v * g + g)(*(lambda v, g: (v, F.gelu(g)))(*halves(f, x, dim=-1))),
+    "value alone": lambda f, x: halves(f, x, dim=-1)[0],
+    "sum of halves": lambda f, x: (lambda v, g: v + F.gelu(g))(*halves(f, x, dim=-1)),
+    "gate by itself": lambda f, x: (lambda v, g: F.gelu(g) * F.gelu(g))(*halves(f, x, dim=-1)),
+}
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_fuses_gates(lower, targets, gated, case):
+    lowering = check(lower, lambda x: GATED[case](gated, x))
+    assert lowering.layers[0].node.kwargs["activation"] == "geglu"
+    assert not {"chunk", "gelu", "mul"} & set(targets(lowering))
+
+
+@pytest.mark.parametrize("case", NOT_GATED)
+def test_leaves_other_gates_alone(lower, gated, case):
+    lowering = check(lower, lambda x: NOT_GATED[case](gated, x))
+    assert not lowering.layers[0].node.kwargs
+
+
+def test_a_width_that_the_kernel_does_not_gate(lower, layer):
+    lowering = check(lower, lambda x: (lambda v, g: v * F.gelu(g))(*layer(x).chunk(2, dim=-1)))
+    assert not lowering.layers[0].node.kwargs
+
+
+def test_geglu_of_diffusers(lower, targets):
+    torch.manual_seed(0)
+    model = FeedForward(32, activation_fn="geglu").eval()
+    sdm.sparsify(model, "2:4", policy="all")
+    lowering = check(lower, model)
+    assert [name for name in targets(lowering) if name != "dropout"] == ["linear.default", "linear.default"]
 
 
 def test_chains_of_layers(lower, targets):
