@@ -108,14 +108,19 @@ def quality(
 
 
 def _open(recipe: str, out: Path, data: Path | None, threads: int | None, device: str, tensorboard: bool = False):
+    import torch
+
     from sparsedm_compile.recipes.config import load_recipe
     from sparsedm_compile.recipes.data import load_images
+    from sparsedm_compile.recipes.rows import create_model
     from sparsedm_compile.recipes.workspace import Workspace
 
     with user_errors():
         loaded = load_recipe(recipe)
         set_up(loaded.seed, threads)
         images = load_images(loaded.data, data)
+        with torch.device("meta"):
+            create_model(loaded, images)  # what does not fit fails here, in one line
         return Workspace(loaded, out, device=_checked(device), tensorboard=tensorboard), images
 
 

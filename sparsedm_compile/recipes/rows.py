@@ -74,7 +74,7 @@ def create_model(recipe: Recipe, data: ImageData) -> UViT:
     """The recipe's model with random weights, fixed by its seed.
 
     Raises:
-        ValueError: arguments that U-ViT does not take, or images of another shape.
+        ValueError: arguments that U-ViT does not take, images of another shape, or a model that wants labels.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -82,6 +82,11 @@ def create_model(recipe: Recipe, data: ImageData) -> UViT:
             model = UViT(**recipe.model)
         except TypeError as error:
             raise ValueError(f"recipe {recipe.name}, table [model]: {error}") from error
+    if model.num_classes > 0:
+        raise ValueError(
+            f"recipe {recipe.name}: num_classes = {model.num_classes} makes a model that wants labels, and recipes "
+            "train and judge without: leave it out"
+        )
     wanted, found = (model.in_chans, model.img_size, model.img_size), tuple(data.train.shape[1:])
     if wanted != found:
         raise ValueError(f"recipe {recipe.name}: the model takes images of shape {wanted}, the data has {found}")

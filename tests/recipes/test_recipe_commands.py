@@ -195,6 +195,22 @@ def test_what_another_recipe_made_or_judged_is_refused(made, tmp_path):
     assert "was judged with samples = 40, and now it is 60" in result.output
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("in_chans = 3", "the model takes images of shape (3, 8, 8), the data has (1, 8, 8)"),
+        ("in_chans = 1\nnum_classes = 10", "num_classes = 10 makes a model that wants labels"),
+        ("in_chans = 1\nwidth = 3", "unexpected keyword argument 'width'"),
+    ],
+)
+def test_models_that_do_not_fit(tmp_path, line, message):
+    (tmp_path / "other.toml").write_text(RECIPE.replace("in_chans = 1", line))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "other.toml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_errors(made):
     result = made("finetune", "--row", "nothing")
     assert result.exit_code == 2
