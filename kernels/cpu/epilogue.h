@@ -59,9 +59,10 @@ struct Sums {
 };
 
 // Writes sums as (token, channel): a linear layer's output, or a channels_last image.
+template <class T>
 struct TokenMajor {
-  float* out;
-  const float* residual;  // null, or laid out as `out`
+  T* out;
+  const T* residual;  // null, or laid out as `out`
   int64_t channels;
 
   void operator()(const Sums& sums) const {
@@ -74,7 +75,7 @@ struct TokenMajor {
         for (int64_t i = 0; i < tokens; ++i)
           for (int64_t c = 0; c < count; ++c)
             out[at + i * channels + c] =
-                from[c * sums.stride + i] + (residual ? residual[at + i * channels + c] : 0.0f);
+                from[c * sums.stride + i] + (residual ? static_cast<float>(residual[at + i * channels + c]) : 0.0f);
         continue;
       }
       for (int64_t c = 0; c < count; c += kWidth) {
@@ -85,8 +86,8 @@ struct TokenMajor {
         SPARSEDM_UNROLL
         for (int i = 0; i < kWidth; ++i) tile[i] = load(from + (c0 + i) * sums.stride);
         transpose(tile);
-        float* to = out + at + c0;
-        const float* add = residual ? residual + at + c0 : nullptr;
+        T* to = out + at + c0;
+        const T* add = residual ? residual + at + c0 : nullptr;
         if (tokens == kWidth) {  // a fixed count, so that the tile stays in registers
           SPARSEDM_UNROLL
           for (int i = 0; i < kWidth; ++i) store(to + i * channels, add ? tile[i] + load(add + i * channels) : tile[i]);
@@ -100,9 +101,10 @@ struct TokenMajor {
 };
 
 // Writes sums as (image, channel, pixel): NCHW. A token is image * pixels + pixel.
+template <class T>
 struct ChannelMajor {
-  float* out;
-  const float* residual;  // null, or laid out as `out`
+  T* out;
+  const T* residual;  // null, or laid out as `out`
   int64_t channels, pixels;
 
   void operator()(const Sums& sums) const {
@@ -118,7 +120,7 @@ struct ChannelMajor {
           if (residual) z += load(residual + at + i);
           store(out + at + i, z);
         }
-        for (; i < size; ++i) out[at + i] = from[i] + (residual ? residual[at + i] : 0.0f);
+        for (; i < size; ++i) out[at + i] = from[i] + (residual ? static_cast<float>(residual[at + i]) : 0.0f);
       }
       t += size;
     }

@@ -6,17 +6,21 @@ from torch import Tensor
 from sparsedm_compile.kernels.cpu import build
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "geglu": 4}
 # Output channels go through the C++ in units of so many (kUnit), and a unit of values meets a unit of gates.
 _UNIT = 128
 
 
 class CpuKernel(Kernel):
-    """float32, any n:m and v, convolutions without groups; AVX-512, AVX2 and NEON from one source.
+    """float32, bfloat16, float16; any n:m and v; convolutions without groups; AVX-512, AVX2 and NEON from one source.
 
-    A packed weight is ``values`` (float32) and ``index`` (int16, byte offsets into a panel of activations), both flat;
-    ``layout.h`` says where each weight lies. The layout belongs to the vector width of this machine: keep masked dense
-    weights for other machines.
+    In every dtype sums, bias, activation and residual are float32, and the output is rounded once, to nearest even. On
+    processors with ``avx512_bf16``, bfloat16 goes through its instruction, which takes subnormal numbers for zero.
+
+    A packed weight is ``values`` (in the layer's dtype) and ``index`` (int16, byte offsets into a panel of
+    activations), both flat; ``layout.h`` says where each weight lies. The layout belongs to the vector width of this
+    machine: keep masked dense weights for other machines.
 
     Every method but ``refusal`` expects a spec that ``refusal`` accepts.
     """
@@ -29,8 +33,8 @@ class CpuKernel(Kernel):
         """See :meth:`Kernel.refusal`. The first spec that could be taken compiles the C++ (seconds, then cached)."""
         if spec.device != "cpu":
             return f"the cpu kernel does not run on {spec.device}"
-        if spec.dtype != torch.float32:
-            return f"the cpu kernel takes float32, not {str(spec.dtype).removeprefix('torch.')}"
+        if spec.dtype not in _DTYPES:
+            return f"the cpu kernel takes float32, bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
         if spec.pattern.is_dense:
             return "the pattern is dense"
         if spec.groups != 1:
@@ -54,9 +58,9 @@ class CpuKernel(Kernel):
 
     def empty_packed(self, spec: LayerSpec, device: torch.device) -> tuple[Tensor, Tensor]:
         """See :meth:`Kernel.empty_packed`."""
-        values, index = torch.ops.sparsedm_cpu.packed_sizes(spec.weight_shape, *_numbers(spec))
+        values, index = torch.ops.sparsedm_cpu.packed_sizes(spec.weight_shape, *_numbers(spec), spec.dtype)
         return (
-            torch.empty(values, dtype=torch.float32, device=device),
+            torch.empty(values, dtype=spec.dtype, device=device),
             torch.empty(index, dtype=torch.int16, device=device),
         )
 

@@ -15,72 +15,98 @@ namespace {
 
 using at::Tensor;
 
-Layout layout_of(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v) {
+// Calls `function` with an element of this type.
+template <class Function>
+auto with_element(at::ScalarType dtype, Function function) {
+  switch (dtype) {
+    case at::kFloat: return function(float{});
+    case at::kBFloat16: return function(BFloat16{});
+    case at::kHalf: return function(Half{});
+    default: TORCH_CHECK_VALUE(false, "weight: want float32, bfloat16 or float16, got ", dtype);
+  }
+}
+
+const char* name_of(at::ScalarType dtype) {
+  return dtype == at::kFloat ? "float32" : dtype == at::kBFloat16 ? "bfloat16" : "float16";
+}
+
+Layout layout_of(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v, at::ScalarType dtype) {
   int64_t taps = 1;
   for (size_t i = 2; i < weight_shape.size(); ++i) taps *= weight_shape[i];
   TORCH_CHECK_VALUE(0 < n && n < m && m <= 32 && v >= 1 && weight_shape[1] % m == 0 && weight_shape[0] % v == 0,
                     "a weight of shape ", weight_shape, " cannot be ", n, ":", m, "v", v);
-  return Layout(n, m, v, weight_shape[0], weight_shape[1], taps);
+  return with_element(dtype, [&]<class T>(T) {
+    return Layout(n, m, v, weight_shape[0], weight_shape[1], taps, typename PanelOf<T>::type{});
+  });
 }
 
 void check_packed(const Layout& layout, const Tensor& values, const Tensor& index) {
-  TORCH_CHECK_VALUE(values.is_contiguous() && values.scalar_type() == at::kFloat && values.numel() == layout.values_size(),
-                    "values: want ", layout.values_size(), " contiguous float32, got ", values.numel(), " of ",
-                    values.scalar_type());
+  TORCH_CHECK_VALUE(values.is_contiguous() && values.numel() == layout.values_size(), "values: want ",
+                    layout.values_size(), " contiguous ", name_of(values.scalar_type()), ", got ", values.numel());
   TORCH_CHECK_VALUE(index.is_contiguous() && index.scalar_type() == at::kShort && index.numel() == layout.index_size(),
                     "index: want ", layout.index_size(), " contiguous int16, got ", index.numel(), " of ",
                     index.scalar_type());
 }
 
-std::tuple<int64_t, int64_t> packed_sizes(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v) {
-  const Layout layout = layout_of(weight_shape, n, m, v);
+std::tuple<int64_t, int64_t> packed_sizes(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v,
+                                          at::ScalarType dtype) {
+  const Layout layout = layout_of(weight_shape, n, m, v, dtype);
   return {layout.values_size(), layout.index_size()};
 }
 
 std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight, int64_t n, int64_t m, int64_t v) {
-  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat, "weight: want float32, got ", weight.scalar_type());
-  const Layout layout = layout_of(weight.sizes(), n, m, v);
+  const Layout layout = layout_of(weight.sizes(), n, m, v, weight.scalar_type());
   const Tensor dense = weight.contiguous();
   Tensor values = at::empty({layout.values_size()}, dense.options());
   Tensor index = at::empty({layout.index_size()}, dense.options().dtype(at::kShort));
-  pack(layout, dense.const_data_ptr<float>(), values.mutable_data_ptr<float>(), index.mutable_data_ptr<int16_t>());
+  with_element(weight.scalar_type(), [&]<class T>(T) {
+    pack(layout, dense.const_data_ptr<T>(), values.mutable_data_ptr<T>(), index.mutable_data_ptr<int16_t>());
+  });
   return {values, index};
 }
 
 Tensor unpack_weight(const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n, int64_t m,
                      int64_t v) {
-  const Layout layout = layout_of(weight_shape, n, m, v);
+  const Layout layout = layout_of(weight_shape, n, m, v, values.scalar_type());
   check_packed(layout, values, index);
   Tensor weight = at::zeros(weight_shape, values.options());
-  unpack(layout, values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), weight.mutable_data_ptr<float>());
+  with_element(values.scalar_type(), [&]<class T>(T) {
+    unpack(layout, values.const_data_ptr<T>(), index.const_data_ptr<int16_t>(), weight.mutable_data_ptr<T>());
+  });
   return weight;
 }
 
+// In float32, as sums are.
 Tensor bias_or_zero(const std::optional<Tensor>& bias, const Layout& layout, const Tensor& x) {
-  if (!bias.has_value()) return at::zeros({layout.out}, x.options());
-  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == layout.out && bias->scalar_type() == at::kFloat,
-                    "bias: want float32 of shape (", layout.out, "), got ", bias->scalar_type(), " of ", bias->sizes());
-  return bias->contiguous();
+  if (!bias.has_value()) return at::zeros({layout.out}, x.options().dtype(at::kFloat));
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == layout.out && bias->scalar_type() == x.scalar_type(),
+                    "bias: want ", name_of(x.scalar_type()), " of shape (", layout.out, "), got ", bias->scalar_type(),
+                    " of ", bias->sizes());
+  return bias->contiguous().to(at::kFloat);
 }
 
 // The residual laid out as the output, or undefined.
 Tensor residual_like(const std::optional<Tensor>& residual, const Tensor& out, at::MemoryFormat format) {
   if (!residual.has_value()) return Tensor();
-  TORCH_CHECK_VALUE(residual->sizes() == out.sizes() && residual->scalar_type() == at::kFloat,
-                    "residual: want float32 of the output's shape ", out.sizes(), ", got ", residual->scalar_type(), " of ",
-                    residual->sizes());
+  TORCH_CHECK_VALUE(residual->sizes() == out.sizes() && residual->scalar_type() == out.scalar_type(),
+                    "residual: want ", name_of(out.scalar_type()), " of the output's shape ", out.sizes(), ", got ",
+                    residual->scalar_type(), " of ", residual->sizes());
   return residual->contiguous(format);
 }
 
-const float* data_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+template <class T>
+const T* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
 
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
               int64_t m, int64_t v, const std::optional<Tensor>& bias, int64_t activation,
               const std::optional<Tensor>& residual) {
-  const Layout layout = layout_of(weight_shape, n, m, v);
+  const Layout layout = layout_of(weight_shape, n, m, v, values.scalar_type());
   check_packed(layout, values, index);
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.dim() >= 1 && x.size(-1) == layout.channels,
-                    "x: want float32 of shape (..., ", layout.channels, "), got ", x.scalar_type(), " of ", x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == values.scalar_type() && x.dim() >= 1 && x.size(-1) == layout.channels,
+                    "x: want ", name_of(values.scalar_type()), " of shape (..., ", layout.channels, "), got ",
+                    x.scalar_type(), " of ", x.sizes());
   Tensor rows = x.reshape({-1, layout.channels});
   if (rows.stride(1) != 1) rows = rows.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
@@ -92,9 +118,11 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::In
   const Tensor addend = residual_like(residual, out, at::MemoryFormat::Contiguous);
   if (rows.size(0) == 0) return out;
   const Tensor start = bias_or_zero(bias, layout, x);
-  run(layout, values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
-      static_cast<Activation>(activation), rows.size(0), TokenRows{rows.const_data_ptr<float>(), rows.stride(0)},
-      TokenMajor{out.mutable_data_ptr<float>(), data_or_null(addend), shape.back()});
+  with_element(x.scalar_type(), [&]<class T>(T) {
+    run(layout, values.const_data_ptr<T>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
+        static_cast<Activation>(activation), rows.size(0), TokenRows<T>{rows.const_data_ptr<T>(), rows.stride(0)},
+        TokenMajor<T>{out.mutable_data_ptr<T>(), data_or_null<T>(addend), shape.back()});
+  });
   return out;
 }
 
@@ -115,13 +143,13 @@ Window window_of(const Tensor& x, at::IntArrayRef weight_shape, at::IntArrayRef 
 Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
             int64_t m, int64_t v, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
             const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual) {
-  const Layout layout = layout_of(weight_shape, n, m, v);
+  const Layout layout = layout_of(weight_shape, n, m, v, values.scalar_type());
   check_packed(layout, values, index);
   const int64_t rank = static_cast<int64_t>(weight_shape.size());
-  TORCH_CHECK_VALUE((rank == 4 || rank == 5) && x.scalar_type() == at::kFloat && x.dim() == rank &&
+  TORCH_CHECK_VALUE((rank == 4 || rank == 5) && x.scalar_type() == values.scalar_type() && x.dim() == rank &&
                         x.size(1) == layout.channels,
-                    "x: want float32 of shape (B, ", layout.channels, rank == 5 ? ", D" : "", ", H, W), got ",
-                    x.scalar_type(), " of ", x.sizes());
+                    "x: want ", name_of(values.scalar_type()), " of shape (B, ", layout.channels,
+                    rank == 5 ? ", D" : "", ", H, W), got ", x.scalar_type(), " of ", x.sizes());
   const Window window = window_of(x, weight_shape, stride, padding, dilation);
   const at::MemoryFormat format = x.suggest_memory_format();
   const bool channels_last = format != at::MemoryFormat::Contiguous;
@@ -133,28 +161,30 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
   if (out.numel() == 0) return out;
   const Tensor start = bias_or_zero(bias, layout, x);
 
-  Planes planes(window);
-  Tensor padded;
-  if (planes.is_identity() && !channels_last) {
-    planes.data = image.const_data_ptr<float>();
-    planes.end = planes.data + image.numel();
-  } else {
-    padded = at::empty({planes.size() + kWidth}, x.options(), at::MemoryFormat::Contiguous);
-    const auto split = channels_last ? split_channels_last : split_channel_major;
-    split(planes, image.const_data_ptr<float>(), padded.mutable_data_ptr<float>());
-    planes.data = padded.const_data_ptr<float>();
-    planes.end = planes.data + padded.numel();
-  }
-  const int64_t tokens = window.images * window.pixels();
-  const auto go = [&](const auto& source, const auto& sink) {
-    run(layout, values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
-        static_cast<Activation>(activation), tokens, source, sink);
-  };
-  if (channels_last) {
-    go(planes, TokenMajor{out.mutable_data_ptr<float>(), data_or_null(addend), layout.out});
-  } else {
-    go(planes, ChannelMajor{out.mutable_data_ptr<float>(), data_or_null(addend), layout.out, window.pixels()});
-  }
+  with_element(x.scalar_type(), [&]<class T>(T) {
+    Planes<T> planes(window);
+    Tensor padded;
+    if (planes.is_identity() && !channels_last) {
+      planes.data = image.const_data_ptr<T>();
+      planes.end = planes.data + image.numel();
+    } else {
+      padded = at::empty({planes.size() + kWidth}, x.options(), at::MemoryFormat::Contiguous);
+      const auto split = channels_last ? split_channels_last<T> : split_channel_major<T>;
+      split(planes, image.const_data_ptr<T>(), padded.mutable_data_ptr<T>());
+      planes.data = padded.const_data_ptr<T>();
+      planes.end = planes.data + padded.numel();
+    }
+    const int64_t tokens = window.images * window.pixels();
+    const auto go = [&](const auto& source, const auto& sink) {
+      run(layout, values.const_data_ptr<T>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
+          static_cast<Activation>(activation), tokens, source, sink);
+    };
+    if (channels_last) {
+      go(planes, TokenMajor<T>{out.mutable_data_ptr<T>(), data_or_null<T>(addend), layout.out});
+    } else {
+      go(planes, ChannelMajor<T>{out.mutable_data_ptr<T>(), data_or_null<T>(addend), layout.out, window.pixels()});
+    }
+  });
   return out;
 }
 
@@ -209,7 +239,7 @@ std::vector<int64_t> checksum(at::TensorList tensors) {
 }  // namespace sparsedm
 
 TORCH_LIBRARY(sparsedm_cpu, library) {
-  library.def("packed_sizes(int[] weight_shape, int n, int m, int v) -> (int, int)", &sparsedm::packed_sizes);
+  library.def("packed_sizes(int[] weight_shape, int n, int m, int v, ScalarType dtype) -> (int, int)", &sparsedm::packed_sizes);
   library.def("pack(Tensor weight, int n, int m, int v) -> (Tensor, Tensor)");
   library.def("unpack(Tensor values, Tensor index, int[] weight_shape, int n, int m, int v) -> Tensor");
   library.def(

@@ -12,9 +12,10 @@
 namespace sparsedm {
 
 // The part of a weight that one unit of channels and one block of K hold, while it is packed.
+template <class T>
 class Packer {
  public:
-  Packer(const Layout& layout, const float* weight, float* values, int16_t* index)
+  Packer(const Layout& layout, const T* weight, T* values, int16_t* index)
       : layout_(layout), weight_(weight), values_(values), index_(index) {}
 
   void pack(int64_t unit, int64_t block) {
@@ -31,7 +32,7 @@ class Packer {
   }
 
  private:
-  const float* channel_weight(int64_t channel) const { return weight_ + channel * layout_.channels * layout_.taps; }
+  const T* channel_weight(int64_t channel) const { return weight_ + channel * layout_.channels * layout_.taps; }
 
   // The rows of this block, ascending, that the channels [channel, channel + v) keep: the n of largest magnitude of every
   // m. Magnitudes are summed over v as a chain of fp32 additions in channel order, as masks.group_scores does; among equals
@@ -42,9 +43,9 @@ class Packer {
       float score[32];
       const int32_t place = places_[(choice - layout_.first(block)) * m];
       for (int64_t j = 0; j < layout_.v; ++j) {
-        const float* w = channel_weight(channel + j) + place;
+        const T* w = channel_weight(channel + j) + place;
         for (int64_t i = 0; i < m; ++i) {
-          const float magnitude = std::fabs(w[i * layout_.taps]);
+          const float magnitude = std::fabs(static_cast<float>(w[i * layout_.taps]));
           score[i] = j == 0 ? magnitude : score[i] + magnitude;
         }
       }
@@ -63,18 +64,20 @@ class Packer {
   }
 
   void pack_groups(int64_t unit, int64_t block) {
-    const int64_t kept = layout_.kept(block), together = layout_.together;
+    const int64_t kept = layout_.kept(block), slots = layout_.slots(block), together = layout_.together;
     rows_.resize(kept);
     const int64_t end = std::min((unit + 1) * layout_.groups_per_unit(), layout_.groups());
     int64_t chosen = -1;
     for (int64_t g = unit * layout_.groups_per_unit(); g < end; ++g) {
       const int64_t sharing = g * together / layout_.v * layout_.v;
       if (sharing != chosen) choose(chosen = sharing, block, rows_.data());
-      float* values = values_ + layout_.values_at(block, g);
+      T* values = values_ + layout_.values_at(block, g);
       int16_t* index = index_ + layout_.index_at(block, g);
-      for (int64_t i = 0; i < kept; ++i) {
-        index[i] = static_cast<int16_t>(rows_[i] * layout_.row_bytes);
-        for (int64_t c = 0; c < together; ++c) values[i * together + c] = channel_weight(g * together + c)[places_[rows_[i]]];
+      for (int64_t i = 0; i < slots; ++i) {
+        const int16_t row = rows_[std::min(i, kept - 1)];
+        index[i] = static_cast<int16_t>(row * layout_.row_bytes);
+        for (int64_t c = 0; c < together; ++c)
+          values[layout_.place(i, c, together)] = i < kept ? channel_weight(g * together + c)[places_[row]] : T(0);
       }
     }
   }
@@ -112,7 +115,7 @@ class Packer {
   }
 
   void pack_pairs(int64_t unit, int64_t block) {
-    const int64_t kept = layout_.kept(block);
+    const int64_t kept = layout_.kept(block), slots = layout_.slots(block);
     const int64_t first = unit * kUnit, channels = std::min(kUnit, layout_.out - first);
     const int64_t words = ((layout_.first(block + 1) - layout_.first(block)) * layout_.m + 63) / 64;
     rows_.resize(channels * kept);
@@ -126,62 +129,70 @@ class Packer {
     }
     int64_t g = unit * layout_.groups_per_unit();
     for (const Pair& pair : match(masks, words, channels, kept)) {
-      float* values = values_ + layout_.values_at(block, g);
+      T* values = values_ + layout_.values_at(block, g);
       int16_t* index = index_ + layout_.index_at(block, g);
       ++g;
       const bool alone = pair.b < 0;
-      index[0] = static_cast<int16_t>(pair.shared);
+      const int64_t shared = alone ? slots : pair.shared / layout_.step * layout_.step;
+      index[0] = static_cast<int16_t>(shared);
       index[1] = static_cast<int16_t>(pair.a);
       index[2] = static_cast<int16_t>(alone ? channels : pair.b);  // a spare row of the output panel
       index[3] = static_cast<int16_t>(alone ? pair.a : pair.b);    // where a bias may be read
       index += Layout::kHeader;
-      const int16_t* rows[2] = {rows_.data() + pair.a * kept, rows_.data() + (alone ? pair.a : pair.b) * kept};
-      const uint64_t* mask[2] = {&masks[pair.a * words], &masks[(alone ? pair.a : pair.b) * words]};
-      int64_t next_shared[2] = {0, 0}, next_own[2] = {pair.shared, pair.shared};
+      const int64_t channel[2] = {pair.a, alone ? pair.a : pair.b};
       for (int64_t side = 0; side < 2; ++side) {
+        const int16_t* rows = rows_.data() + channel[side] * kept;
+        const uint64_t* other = &masks[channel[1 - side] * words];
+        const T* weight = channel_weight(first + channel[side]);
+        const auto put = [&](int64_t slot, int16_t row, T value) {
+          const int64_t at = slot < shared ? slot : shared + layout_.place(slot - shared, side, 2);
+          index[at] = static_cast<int16_t>(row * layout_.row_bytes);
+          values[layout_.place(slot, side, 2)] = value;
+        };
+        int64_t next_shared = 0, next_own = shared;
         for (int64_t i = 0; i < kept; ++i) {
-          const int16_t row = rows[side][i];
-          const bool shared = mask[1 - side][row / 64] >> (row % 64) & 1;
-          const int64_t slot = shared ? next_shared[side]++ : next_own[side]++;
-          const int64_t at_index = shared ? slot : pair.shared + (slot - pair.shared) * 2 + side;
-          index[at_index] = static_cast<int16_t>(row * layout_.row_bytes);
-          const int64_t channel = side == 0 ? pair.a : pair.b;
-          values[slot * 2 + side] = channel < 0 ? 0.0f : channel_weight(first + channel)[places_[row]];
+          const bool both = other[rows[i] / 64] >> (rows[i] % 64) & 1;
+          const int64_t slot = both && next_shared < shared ? next_shared++ : next_own++;
+          put(slot, rows[i], alone && side == 1 ? T(0) : weight[places_[rows[i]]]);
         }
+        for (int64_t slot = kept; slot < slots; ++slot) put(slot, rows[kept - 1], T(0));
       }
-      std::fill(index + 2 * kept - pair.shared, index + 2 * kept, static_cast<int16_t>(0));
+      std::fill(index + 2 * slots - shared, index + 2 * slots, static_cast<int16_t>(0));
     }
   }
 
   const Layout& layout_;
-  const float* weight_;
-  float* values_;
+  const T* weight_;
+  T* values_;
   int16_t* index_;
   std::vector<int32_t> places_;  // of each row of the block, within a channel's weights
   std::vector<int16_t> rows_;
 };
 
-inline void pack(const Layout& layout, const float* weight, float* values, int16_t* index) {
+template <class T>
+void pack(const Layout& layout, const T* weight, T* values, int16_t* index) {
   at::parallel_for(0, layout.units() * layout.blocks, 1, [&](int64_t begin, int64_t end) {
-    Packer packer(layout, weight, values, index);
+    Packer<T> packer(layout, weight, values, index);
     for (int64_t task = begin; task < end; ++task) packer.pack(task / layout.blocks, task % layout.blocks);
   });
 }
 
 // `weight` is zero on entry.
-inline void unpack(const Layout& layout, const float* values, const int16_t* index, float* weight) {
-  const auto put = [&](int64_t channel, int64_t block, int16_t offset, float value) {
+template <class T>
+void unpack(const Layout& layout, const T* values, const int16_t* index, T* weight) {
+  const auto put = [&](int64_t channel, int64_t block, int16_t offset, T value) {
     const int64_t k = layout.first(block) * layout.m + offset / layout.row_bytes;
     weight[(channel * layout.channels + k % layout.channels) * layout.taps + k / layout.channels] = value;
   };
   at::parallel_for(0, layout.groups(), 16, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       for (int64_t block = 0; block < layout.blocks; ++block) {
-        const float* v = values + layout.values_at(block, g);
+        const T* v = values + layout.values_at(block, g);
         const int16_t* i = index + layout.index_at(block, g);
         const int64_t kept = layout.kept(block), together = layout.together;
         if (!layout.pairs()) {
-          for (int64_t j = 0; j < kept * together; ++j) put(g * together + j % together, block, i[j / together], v[j]);
+          for (int64_t j = 0; j < kept; ++j)
+            for (int64_t c = 0; c < together; ++c) put(g * together + c, block, i[j], v[layout.place(j, c, together)]);
           continue;
         }
         const int64_t shared = i[0], unit = g / layout.groups_per_unit() * kUnit;
@@ -189,8 +200,8 @@ inline void unpack(const Layout& layout, const float* values, const int16_t* ind
           const int64_t channel = unit + i[1 + side];
           if (channel >= layout.out) continue;
           for (int64_t j = 0; j < kept; ++j) {
-            const int64_t at = j < shared ? j : shared + (j - shared) * 2 + side;
-            put(channel, block, i[Layout::kHeader + at], v[j * 2 + side]);
+            const int64_t at = j < shared ? j : shared + layout.place(j - shared, side, 2);
+            put(channel, block, i[Layout::kHeader + at], v[layout.place(j, side, 2)]);
           }
         }
       }

@@ -11,130 +11,200 @@ namespace sparsedm {
 // What the loops read and write.
 //   panel  [row][Tile::tokens], the activations of this block
 //   out    [channel][Tile::tokens], sums so far; in the first block sums start from `bias` instead
+template <class T>
 struct Block {
-  const float* values;
+  const T* values;
   const int16_t* index;
-  int64_t kept;
+  int64_t slots;
   int64_t groups;
   const char* panel;
   float* out;
   const float* bias;  // null but in the first block
+  bool last;          // of the blocks
 };
 
-template <int channels, int vectors>
-inline void start(Vec (&sum)[channels][vectors], const float* const (&out)[channels], const float* const (&bias)[channels],
-                  bool from_bias) {
+// One step along K: a row of floats and its weights.
+template <class Panel>
+struct Step {
+  const float* row;
+
+  Step(const char* panel, const int16_t* index) : row(reinterpret_cast<const float*>(panel + *index)) {}
+
+  void fetch(int r, Vec (&x)[1]) const { x[0] = load(row + r * kWidth); }
+
+  template <class T>
+  static Vec weight(const T* values) {
+    return broadcast(static_cast<float>(*values));
+  }
+
+  static void multiply_add(Vec& sum, Vec x, Vec weight) { sum += x * weight; }
+  static void straighten(Vec (&)[1]) {}
+};
+
+#if SPARSEDM_BF16_PAIRS
+// Two rows of bfloat16, interleaved on the way, and pairs of weights: twice the multiplications per instruction. Two
+// interleaving instructions serve two multiplications of each channel, beside which they run for free.
+template <>
+struct Step<BFloat16> {
+  const __m512i *a, *b;
+
+  Step(const char* panel, const int16_t* index)
+      : a(reinterpret_cast<const __m512i*>(panel + index[0])), b(reinterpret_cast<const __m512i*>(panel + index[1])) {}
+
+  void fetch(int r, Vec (&x)[2]) const {
+    const __m512i first = _mm512_loadu_si512(a + r), second = _mm512_loadu_si512(b + r);
+    x[0] = (Vec)_mm512_unpacklo_epi16(first, second);
+    x[1] = (Vec)_mm512_unpackhi_epi16(first, second);
+  }
+
+  static Vec weight(const BFloat16* values) {
+    float pair;
+    std::memcpy(&pair, values, sizeof(pair));
+    return (Vec)_mm512_set1_ps(pair);
+  }
+
+  static void multiply_add(Vec& sum, Vec x, Vec weight) {
+    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
+  }
+
+  // Interleaving goes by quarters of a register: the sums of each four tokens out of eight.
+  static void straighten(Vec (&sum)[2]) {
+    const Vec low = sum[0], high = sum[1];
+    sum[0] = detail::pick<0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23>(low, high);
+    sum[1] = detail::pick<8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31>(low, high);
+  }
+};
+#endif
+
+template <int channels, int registers, int step>
+using Accumulators = Vec[channels][registers][step];
+
+template <int channels, int registers, int step>
+inline void start(Accumulators<channels, registers, step>& sum, const float* const (&out)[channels],
+                  const float* const (&bias)[channels], bool from_bias) {
   SPARSEDM_UNROLL
   for (int c = 0; c < channels; ++c) {
     SPARSEDM_UNROLL
-    for (int r = 0; r < vectors; ++r) sum[c][r] = from_bias ? broadcast(*bias[c]) : load(out[c] + r * kWidth);
+    for (int r = 0; r < registers; ++r) {
+      SPARSEDM_UNROLL
+      for (int h = 0; h < step; ++h)
+        sum[c][r][h] = from_bias ? broadcast(*bias[c]) : load(out[c] + (r * step + h) * kWidth);
+    }
   }
 }
 
-template <int channels, int vectors>
-inline void finish(const Vec (&sum)[channels][vectors], float* const (&out)[channels]) {
+template <class Panel, int channels, int registers, int step>
+inline void finish(Accumulators<channels, registers, step>& sum, float* const (&out)[channels], bool last) {
   SPARSEDM_UNROLL
   for (int c = 0; c < channels; ++c) {
     SPARSEDM_UNROLL
-    for (int r = 0; r < vectors; ++r) store(out[c] + r * kWidth, sum[c][r]);
+    for (int r = 0; r < registers; ++r) {
+      if (last) Step<Panel>::straighten(sum[c][r]);
+      SPARSEDM_UNROLL
+      for (int h = 0; h < step; ++h) store(out[c] + (r * step + h) * kWidth, sum[c][r][h]);
+    }
   }
 }
 
-// Adds the product of one shared row with `channels` weights.
-template <int channels, int vectors>
-inline void shared_row(Vec (&sum)[channels][vectors], const float* row, const float* values) {
+// Adds the product of a shared step with the weights of `channels`, from the first given.
+template <int channels, class Panel, class T, int all, int registers, int step>
+inline void multiply(Accumulators<all, registers, step>& sum, int first, const Step<Panel>& rows, const T* values) {
   Vec weight[channels];
   SPARSEDM_UNROLL
-  for (int c = 0; c < channels; ++c) weight[c] = broadcast(values[c]);
+  for (int c = 0; c < channels; ++c) weight[c] = Step<Panel>::weight(values + c * step);
   SPARSEDM_UNROLL
-  for (int r = 0; r < vectors; ++r) {
-    const Vec x = load(row + r * kWidth);
+  for (int r = 0; r < registers; ++r) {
+    Vec x[step];
+    rows.fetch(r, x);
     SPARSEDM_UNROLL
-    for (int c = 0; c < channels; ++c) sum[c][r] += x * weight[c];
+    for (int c = 0; c < channels; ++c) {
+      SPARSEDM_UNROLL
+      for (int h = 0; h < step; ++h) Step<Panel>::multiply_add(sum[first + c][r][h], x[h], weight[c]);
+    }
   }
 }
 
-inline const float* row_at(const char* panel, int16_t offset) { return reinterpret_cast<const float*>(panel + offset); }
-
-template <int channels, int vectors>
-void multiply_groups(const Block& block) {
-  constexpr int stride = Tile<channels>::tokens;
-  const float* values = block.values;
+template <class T, int channels, int registers>
+void multiply_groups(const Block<T>& block) {
+  using Panel = typename PanelOf<T>::type;
+  using Size = Tile<channels, Panel>;
+  const T* values = block.values;
   const int16_t* index = block.index;
   float* out = block.out;
   for (int64_t g = 0; g < block.groups; ++g) {
-    Vec sum[channels][vectors];
+    Accumulators<channels, registers, Size::step> sum;
     float* rows[channels];
     const float* old[channels];
     const float* bias[channels];
     SPARSEDM_UNROLL
     for (int c = 0; c < channels; ++c) {
-      old[c] = rows[c] = out + c * stride;
+      old[c] = rows[c] = out + c * Size::tokens;
       bias[c] = block.bias + g * channels + c;
     }
     start(sum, old, bias, block.bias != nullptr);
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < block.kept; ++i) shared_row(sum, row_at(block.panel, index[i]), values + i * channels);
-    finish(sum, rows);
-    values += block.kept * channels;
-    index += block.kept;
-    out += channels * stride;
+    for (int64_t i = 0; i < block.slots; i += Size::step)
+      multiply<channels>(sum, 0, Step<Panel>(block.panel, index + i), values + i * channels);
+    finish<Panel>(sum, rows, block.last);
+    values += block.slots * channels;
+    index += block.slots;
+    out += channels * Size::tokens;
   }
 }
 
 // Two channels whose masks differ: the rows that both keep are loaded once for two products. A block at 2:4 keeps half its
 // rows, and the best partner among 128 channels shares about two thirds of them, which is enough to be bound by
 // multiplications (115 GFLOP/s) and no longer by loads (91).
-template <int vectors>
-void multiply_pairs(const Block& block) {
-  constexpr int stride = Tile<2>::tokens;
-  const float* values = block.values;
+template <class T, int registers>
+void multiply_pairs(const Block<T>& block) {
+  using Panel = typename PanelOf<T>::type;
+  using Size = Tile<2, Panel>;
+  const T* values = block.values;
   const int16_t* index = block.index;
   for (int64_t g = 0; g < block.groups; ++g) {
-    const int64_t shared = index[0], own = block.kept - shared;
-    Vec sum[2][vectors];
-    float* const rows[2] = {block.out + index[1] * stride, block.out + index[2] * stride};
+    const int64_t shared = index[0], own = block.slots - shared;
+    Accumulators<2, registers, Size::step> sum;
+    float* const rows[2] = {block.out + index[1] * Size::tokens, block.out + index[2] * Size::tokens};
     const float* const old[2] = {rows[0], rows[1]};
     const float* const bias[2] = {block.bias + index[1], block.bias + index[3]};
     start(sum, old, bias, block.bias != nullptr);
     index += Layout::kHeader;
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < shared; ++i) shared_row(sum, row_at(block.panel, index[i]), values + i * 2);
+    for (int64_t i = 0; i < shared; i += Size::step)
+      multiply<2>(sum, 0, Step<Panel>(block.panel, index + i), values + i * 2);
     values += shared * 2;
     index += shared;
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < own; ++i) {
+    for (int64_t i = 0; i < own * 2; i += Size::step * 2) {
       SPARSEDM_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const Vec weight = broadcast(values[i * 2 + c]);
-        const float* row = row_at(block.panel, index[i * 2 + c]);
-        SPARSEDM_UNROLL
-        for (int r = 0; r < vectors; ++r) sum[c][r] += load(row + r * kWidth) * weight;
-      }
+      for (int c = 0; c < 2; ++c)
+        multiply<1>(sum, c, Step<Panel>(block.panel, index + i + c * Size::step), values + i + c * Size::step);
     }
     values += own * 2;
     index += own * 2 + shared;
-    finish(sum, rows);
+    finish<Panel>(sum, rows, block.last);
   }
 }
 
-using Multiply = void (*)(const Block&);
+template <class T>
+using Multiply = void (*)(const Block<T>&);
 
-template <int channels, bool pairs, int... vectors>
-constexpr std::array<Multiply, sizeof...(vectors)> multiply_table(std::integer_sequence<int, vectors...>) {
+template <class T, int channels, bool pairs, int... registers>
+constexpr std::array<Multiply<T>, sizeof...(registers)> multiply_table(std::integer_sequence<int, registers...>) {
   if constexpr (pairs) {
-    return {multiply_pairs<vectors + 1>...};
+    return {multiply_pairs<T, registers + 1>...};
   } else {
-    return {multiply_groups<channels, vectors + 1>...};
+    return {multiply_groups<T, channels, registers + 1>...};
   }
 }
 
-// The loops for a panel of `vectors` registers; each count has its own code, so that no panel carries a bad tail.
-template <int channels, bool pairs>
-Multiply multiply_for(int64_t vectors) {
+// The loops for a panel of so many registers; each count has its own code, so that no panel carries a bad tail.
+template <class T, int channels, bool pairs>
+Multiply<T> multiply_for(int64_t registers) {
+  using Size = Tile<channels, typename PanelOf<T>::type>;
   static constexpr auto table =
-      multiply_table<channels, pairs>(std::make_integer_sequence<int, Tile<channels>::vectors>{});
-  return table[vectors - 1];
+      multiply_table<T, channels, pairs>(std::make_integer_sequence<int, Size::registers>{});
+  return table[registers - 1];
 }
 
 }  // namespace sparsedm

@@ -7,9 +7,10 @@
 
 namespace sparsedm {
 
-// Tokens of a linear layer: x[token][k], rows `stride` floats apart.
+// Tokens of a linear layer: x[token][k], rows `stride` elements apart.
+template <class T>
 struct TokenRows {
-  const float* x;
+  const T* x;
   int64_t stride;
 
   struct Cursor {
@@ -17,13 +18,14 @@ struct TokenRows {
     int64_t token0, token1;
 
     // Rows are read kWidth tokens x kWidth features at a time and transposed in registers.
-    void fill(float* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
+    template <class Panel>
+    void fill(Panel* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
       const int64_t rows = k1 - k0;
       for (int64_t t = token0; t < token1; t += kWidth) {
-        const float* from[kWidth];
+        const T* from[kWidth];
         for (int64_t i = 0; i < kWidth; ++i)  // past the last token, read it again
           from[i] = source.x + std::min(t + i, token1 - 1) * source.stride + k0;
-        float* to = panel + (t - token0);
+        Panel* to = panel + (t - token0);
         if (rows < kWidth) {
           for (int64_t k = 0; k < rows; ++k)
             for (int64_t i = 0; i < kWidth; ++i) to[k * panel_stride + i] = from[i][k];
@@ -94,9 +96,10 @@ constexpr int64_t kPlanesAhead = 12;
 
 // Planes of a padded, phase-split image [image][channel][phase z][phase y][phase x][z][y][x], read through a window
 // (im2col). A plane holds all that one channel of one image has, every depth of it.
+template <class T>
 struct Planes {
-  const float* data;
-  const float* end;
+  const T* data;
+  const T* end;
   Window window;
   Phases z, y, x;
 
@@ -118,7 +121,8 @@ struct Planes {
     int64_t last = 0;  // the largest Piece::from
     int64_t tokens = 0;
 
-    void fill(float* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
+    template <class Panel>
+    void fill(Panel* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
       const Window& w = source.window;
       for (int64_t k = k0; k < k1;) {
         const Phases &z = source.z, &y = source.y, &x = source.x;
@@ -126,13 +130,12 @@ struct Planes {
                       kz = tap / w.x.kernel / w.y.kernel;
         const int64_t phase = (z.slot[kz] * y.count() + y.slot[ky]) * x.count() + x.slot[kx];
         const int64_t shift = (z.shift[kz] * y.length + y.shift[ky]) * x.length + x.shift[kx];
-        const float* plane =
-            source.data + k % w.channels * source.plane_size() + phase * source.phase_size() + shift;
+        const T* plane = source.data + k % w.channels * source.plane_size() + phase * source.phase_size() + shift;
         for (const int64_t stop = std::min(k1, (tap + 1) * w.channels); k < stop; ++k) {
           if (plane + last + kWidth <= source.end) {
             for (const Piece& piece : pieces) {
               __builtin_prefetch(plane + piece.from + kPlanesAhead * source.plane_size());
-              store(panel + piece.to, load(plane + piece.from));
+              copy(panel + piece.to, plane + piece.from);
             }
           } else {
             careful(panel, plane);
@@ -144,7 +147,8 @@ struct Planes {
     }
 
    private:
-    void careful(float* panel, const float* plane) const {
+    template <class Panel>
+    void careful(Panel* panel, const T* plane) const {
       for (size_t i = 0; i < pieces.size(); ++i) {
         const int64_t next = i + 1 < pieces.size() ? pieces[i + 1].to : tokens;
         for (int64_t j = 0; j < next - pieces[i].to; ++j) panel[pieces[i].to + j] = plane[pieces[i].from + j];
@@ -191,9 +195,10 @@ struct Inside {
   }
 };
 
-inline void copy_strided(float* to, const float* from, int64_t size, int64_t stride) {
+template <class T>
+inline void copy_strided(T* to, const T* from, int64_t size, int64_t stride) {
   if (stride == 1) {
-    std::memcpy(to, from, size * sizeof(float));
+    std::memcpy(to, from, size * sizeof(T));
     return;
   }
   int64_t i = 0;
@@ -207,12 +212,13 @@ inline void copy_strided(float* to, const float* from, int64_t size, int64_t str
 }  // namespace detail
 
 // Copies a channel-major image (NCHW, NCDHW) into the planes, one plane after the other.
-inline void split_channel_major(const Planes& planes, const float* image, float* out) {
+template <class T>
+void split_channel_major(const Planes<T>& planes, const T* image, T* out) {
   const Window& w = planes.window;
   const Phases &z = planes.z, &y = planes.y, &x = planes.x;
   at::parallel_for(0, w.images * w.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
-      float* to = out + plane * planes.plane_size();
+      T* to = out + plane * planes.plane_size();
       for (int64_t phase = 0; phase < z.count() * y.count() * x.count(); ++phase) {
         const int64_t slot_x = phase % x.count(), slot_y = phase / x.count() % y.count();
         const int64_t slot_z = phase / x.count() / y.count();
@@ -223,11 +229,11 @@ inline void split_channel_major(const Planes& planes, const float* image, float*
             const int64_t row = y.position(slot_y, i);
             const bool exists = depth >= 0 && depth < w.z.size && row >= 0 && row < w.y.size;
             const int64_t last = exists ? inside.last : 0, first = std::min(inside.first, last);
-            const float* from =
+            const T* from =
                 image + ((plane * w.z.size + depth) * w.y.size + row) * w.x.size + x.position(slot_x, first);
-            std::fill(to, to + first, 0.0f);
+            std::fill(to, to + first, T(0));
             if (first < last) detail::copy_strided(to + first, from, last - first, x.stride);
-            std::fill(to + last, to + x.length, 0.0f);
+            std::fill(to + last, to + x.length, T(0));
           }
         }
       }
@@ -236,7 +242,8 @@ inline void split_channel_major(const Planes& planes, const float* image, float*
 }
 
 // Copies a channels_last image (NHWC, NDHWC) into the planes, row by row, transposing pixels x channels in registers.
-inline void split_channels_last(const Planes& planes, const float* image, float* out) {
+template <class T>
+void split_channels_last(const Planes<T>& planes, const T* image, T* out) {
   const Window& w = planes.window;
   const Phases &z = planes.z, &y = planes.y, &x = planes.x;
   const int64_t size = planes.plane_size();
@@ -249,14 +256,14 @@ inline void split_channels_last(const Planes& planes, const float* image, float*
       for (int64_t slot_x = 0; slot_x < x.count(); ++slot_x) {
         const detail::Inside inside(x, slot_x, w.x.size);
         const int64_t last = exists ? inside.last : 0, first = std::min(inside.first, last);
-        float* to = out + b * w.channels * size + (slot * x.count() + slot_x) * planes.phase_size() + i * x.length;
+        T* to = out + b * w.channels * size + (slot * x.count() + slot_x) * planes.phase_size() + i * x.length;
         for (int64_t c = 0; c < w.channels; ++c) {
-          std::fill(to + c * size, to + c * size + first, 0.0f);
-          std::fill(to + c * size + last, to + c * size + x.length, 0.0f);
+          std::fill(to + c * size, to + c * size + first, T(0));
+          std::fill(to + c * size + last, to + c * size + x.length, T(0));
         }
         const int64_t step = x.stride * w.channels;
         const int64_t pixel = ((b * w.z.size + depth) * w.y.size + row) * w.x.size + x.position(slot_x, first);
-        const float* from = image + pixel * w.channels;
+        const T* from = image + pixel * w.channels;
         int64_t j = first;
         for (; j + kWidth <= last && w.channels >= kWidth; j += kWidth, from += kWidth * step) {
           for (int64_t c = 0; c < w.channels; c += kWidth) {

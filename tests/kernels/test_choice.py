@@ -168,7 +168,7 @@ def test_forced_kernels_are_not_measured(clock):
 
 
 def test_a_forced_kernel_that_cannot_falls_back_to_dense_and_says_so(caplog):
-    spec = LayerSpec("linear", (64, 64), Pattern(2, 4), torch.bfloat16)
+    spec = LayerSpec("linear", (64, 64), Pattern(2, 4), torch.float64)
     with caplog.at_level(logging.WARNING):
         verdict = choose(spec, X, True, forced="cpu")
     assert verdict.kernel == "dense"

@@ -76,7 +76,7 @@ def test_broken_library_refuses(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_build_is_lazy_and_meta_never_compiles(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "compile_library", lambda: pytest.fail("compiled"))
     assert CpuKernel().refusal(LayerSpec("linear", (8, 8), Pattern(2, 4), device="meta")) is not None
-    assert CpuKernel().refusal(LayerSpec("linear", (8, 8), Pattern(2, 4), dtype=torch.float16)) is not None
+    assert CpuKernel().refusal(LayerSpec("linear", (8, 8), Pattern(2, 4), dtype=torch.float64)) is not None
 
 
 def test_two_builders_at_once(fresh: Path) -> None:

@@ -15,6 +15,7 @@ from sparsedm_compile.masks import magnitude_mask
 from sparsedm_compile.pattern import Pattern
 
 KERNEL = CpuKernel()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = ["2:4", "1:4", "2:4v2", "2:4v4", "1:4v4", "2:4v8", "1:4v64", "3:8", "1:2", "2:3", "5:7v2", "1:32", "31:32"]
 
 pytestmark = pytest.mark.skipif(
@@ -22,22 +23,25 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float = 3e-6) -> None:
+    """Within ``tolerance`` of the largest output, as float32 sums are, and one rounding to a half-precision dtype."""
     assert actual.shape == exact.shape
-    assert actual.dtype == torch.float32
-    assert (actual - exact).abs().max() <= tolerance * exact.abs().max().clamp_min(1)
+    limit = tolerance * exact.abs().max().clamp_min(1)
+    if actual.dtype != torch.float32:
+        limit = limit + torch.finfo(actual.dtype).eps / 2 * exact.abs()
+    assert ((actual - exact).abs() <= limit).all()
 
 
 @st.composite
-def epilogues(draw: st.DrawFn, channels: int, shape: tuple[int, ...]) -> Epilogue:
+def epilogues(draw: st.DrawFn, channels: int, shape: tuple[int, ...], dtype: torch.dtype) -> Epilogue:
     return Epilogue(
-        bias=seeded(channels, seed=1) if draw(st.booleans()) else None,
+        bias=seeded(channels, seed=1, dtype=dtype) if draw(st.booleans()) else None,
         activation=draw(st.sampled_from(["none", "gelu", "gelu_tanh", "silu"])),
-        residual=seeded(*shape, seed=2) if draw(st.booleans()) else None,
+        residual=seeded(*shape, seed=2, dtype=dtype) if draw(st.booleans()) else None,
     )
 
 
@@ -48,11 +52,13 @@ def test_linear_equals_naive(data: st.DataObject) -> None:
     out = pattern.v * data.draw(st.integers(1, max(1, 40 // pattern.v)), label="out / v")
     width = pattern.m * data.draw(st.integers(1, max(1, 96 // pattern.m)), label="in / m")
     lead = data.draw(st.sampled_from([(1,), (7,), (2, 19), (100,), (3, 1, 5), ()]), label="lead")
-    spec = LayerSpec("linear", (out, width), pattern)
-    weight, x = seeded(out, width), seeded(*lead, width, seed=3)
-    epilogue = data.draw(epilogues(out, (*lead, out)))
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    spec = LayerSpec("linear", (out, width), pattern, dtype)
+    weight, x = seeded(out, width, dtype=dtype), seeded(*lead, width, seed=3, dtype=dtype)
+    epilogue = data.draw(epilogues(out, (*lead, out), dtype))
     actual = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, epilogue)
     assert actual.is_contiguous()
+    assert actual.dtype == dtype
     assert_close(actual, linear_naive(x, weight, spec, epilogue))
 
 
@@ -68,23 +74,27 @@ def test_conv2d_equals_naive(data: st.DataObject) -> None:
     padding = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)), label="padding")
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
     size = [low + data.draw(st.integers(0, most)) for low, most in zip(least, (5, 36), strict=True)]
-    spec = LayerSpec("conv2d", (out, width, *kernel), pattern, stride=stride, padding=padding, dilation=dilation)
-    weight, x = seeded(out, width, *kernel), seeded(data.draw(st.integers(1, 2)), width, *size, seed=3)
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    spec = LayerSpec("conv2d", (out, width, *kernel), pattern, dtype, "cpu", stride, padding, dilation)
+    weight = seeded(out, width, *kernel, dtype=dtype)
+    x = seeded(data.draw(st.integers(1, 2)), width, *size, seed=3, dtype=dtype)
     if data.draw(st.booleans(), label="channels_last"):
         x = x.contiguous(memory_format=torch.channels_last)
     dense = F.conv2d(x, weight, None, stride, padding, dilation)
-    epilogue = data.draw(epilogues(out, tuple(dense.shape)))
+    epilogue = data.draw(epilogues(out, tuple(dense.shape), dtype))
     actual = KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, epilogue)
     assert actual.stride() == dense.stride()
+    assert actual.dtype == dtype
     assert_close(actual, conv2d_naive(x, weight, spec, epilogue))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 7, 257, 1028])
 @pytest.mark.parametrize("pattern", ["2:4", "2:4v2", "1:4v4"])
-def test_linear_of_many_panels_blocks_and_units(pattern: str, tokens: int, threads: int) -> None:
-    spec = LayerSpec("linear", (700, 520), Pattern.parse(pattern))
-    weight, x = seeded(700, 520), seeded(tokens, 520, seed=1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_many_panels_blocks_and_units(pattern: str, tokens: int, threads: int, dtype: torch.dtype) -> None:
+    spec = LayerSpec("linear", (700, 520), Pattern.parse(pattern), dtype)
+    weight, x = seeded(700, 520, dtype=dtype), seeded(tokens, 520, seed=1, dtype=dtype)
     exact = x.double() @ (weight * magnitude_mask(weight, spec.pattern)).double().T
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -100,12 +110,21 @@ def test_linear_of_many_panels_blocks_and_units(pattern: str, tokens: int, threa
     ("channels", "out", "size", "kernel", "stride", "padding"),
     [(128, 131, 32, 3, 1, 1), (64, 300, 16, 3, 2, 1), (320, 64, 8, 1, 1, 0), (40, 48, 33, 5, 3, 2)],
 )
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_conv2d_of_many_panels_blocks_and_units(
-    channels: int, out: int, size: int, kernel: int, stride: int, padding: int, memory_format: torch.memory_format
+    channels: int,
+    out: int,
+    size: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype,
 ) -> None:
     shape = (out, channels, kernel, kernel)
-    spec = LayerSpec("conv2d", shape, Pattern(2, 4), stride=(stride, stride), padding=(padding, padding))
-    weight, x = seeded(*shape), seeded(2, channels, size, size, seed=1).contiguous(memory_format=memory_format)
+    spec = LayerSpec("conv2d", shape, Pattern(2, 4), dtype, stride=(stride, stride), padding=(padding, padding))
+    weight = seeded(*shape, dtype=dtype)
+    x = seeded(2, channels, size, size, seed=1, dtype=dtype).contiguous(memory_format=memory_format)
     exact = F.conv2d(
         x.double(), (weight * magnitude_mask(weight, spec.pattern)).double(), None, spec.stride, spec.padding
     )
@@ -156,15 +175,19 @@ def test_memory_beside_the_image_is_never_used() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("out", "width", "tokens"), [(256, 32, 5), (1280, 200, 130), (2560, 64, 17)])
 @pytest.mark.parametrize("pattern", ["2:4", "2:4v2", "1:4v4"])
-def test_gates_meet_their_values(pattern: str, out: int, width: int, tokens: int, threads: int) -> None:
-    spec = LayerSpec("linear", (out, width), Pattern.parse(pattern))
-    weight, x, residual = seeded(out, width), seeded(tokens, width, seed=1), seeded(tokens, out // 2, seed=2)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_meet_their_values(
+    pattern: str, out: int, width: int, tokens: int, threads: int, dtype: torch.dtype
+) -> None:
+    spec = LayerSpec("linear", (out, width), Pattern.parse(pattern), dtype)
+    weight, x, bias = seeded(out, width, dtype=dtype), seeded(tokens, width, seed=1, dtype=dtype), seeded(out, seed=3)
+    residual, bias = seeded(tokens, out // 2, seed=2, dtype=dtype), bias.to(dtype)
     product = x.double() @ (weight * magnitude_mask(weight, spec.pattern)).double().T
-    value, gate = (product + seeded(out, seed=3).double()).chunk(2, dim=-1)
+    value, gate = (product + bias.double()).chunk(2, dim=-1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, Epilogue(seeded(out, seed=3), "geglu", residual))
+        actual = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, Epilogue(bias, "geglu", residual))
     finally:
         torch.set_num_threads(before)
     assert_close(actual, value * F.gelu(gate) + residual)
@@ -178,6 +201,48 @@ def test_gates_need_whole_units_of_channels() -> None:
         KERNEL.linear(seeded(2, 32), *KERNEL.pack(seeded(384, 32), spec), spec, Epilogue(activation="geglu"))
 
 
+def every_value(dtype: torch.dtype) -> torch.Tensor:
+    """All 65,536, as (8192, 8)."""
+    return torch.arange(2**16).to(torch.int16).view(dtype).reshape(-1, 8)
+
+
+def equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    nan = expected.isnan()
+    return torch.equal(actual.isnan(), nan) and torch.equal(actual[~nan], expected[~nan])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["linear", "conv2d"])
+def test_every_half_comes_through_and_is_rounded_once(dtype: torch.dtype, op: str) -> None:
+    """Each value times one, then plus a residual, a sum that torch rounds as well: ties, subnormals, overflow, NaN."""
+    x, residual = every_value(dtype), every_value(dtype).flatten()
+    x = torch.where(x.isfinite(), x, 0)
+    if dtype == torch.bfloat16:
+        x = torch.where(x.abs() < torch.finfo(dtype).tiny, 0, x)  # subnormal numbers may be taken for zero
+    residual = residual[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(-1, 8)
+    wide, weight = x.repeat_interleave(2, dim=1), torch.zeros(8, 16, dtype=dtype)
+    weight[torch.arange(8), torch.arange(8) * 2 + 1] = 1
+    run, spec = KERNEL.linear, LayerSpec("linear", (8, 16), Pattern(1, 2), dtype)
+    if op == "conv2d":
+        run, spec = KERNEL.conv, LayerSpec("conv2d", (8, 16, 1, 1), Pattern(1, 2), dtype)
+        weight = weight[:, :, None, None]
+        x, residual, wide = (t.T.reshape(1, -1, 64, 128) for t in (x, residual, wide))
+    packed = KERNEL.pack(weight, spec)
+    assert equal_bits(run(wide, *packed, spec, Epilogue()), x)
+    actual = run(wide, *packed, spec, Epilogue(residual=residual))
+    assert equal_bits(actual, (x.float() + residual.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
+    spec, weight = LayerSpec("linear", (8, 8), Pattern(2, 4), dtype), torch.ones(8, 8, dtype=dtype)
+    x = torch.zeros(4, 8, dtype=dtype)
+    x[0, 0], x[1, 1], x[2, 4], x[3, 0] = math.inf, -math.inf, math.nan, torch.finfo(dtype).max
+    x[3, 1] = torch.finfo(dtype).max
+    out = KERNEL.linear(x, *KERNEL.pack(weight, spec), spec, Epilogue())
+    assert equal_bits(out, torch.tensor([math.inf, -math.inf, math.nan, math.inf], dtype=dtype)[:, None].expand(4, 8))
+
+
 def test_no_tokens() -> None:
     spec = LayerSpec("linear", (8, 8), Pattern(2, 4))
     assert KERNEL.linear(torch.empty(0, 8), *KERNEL.pack(seeded(8, 8), spec), spec, Epilogue()).shape == (0, 8)
@@ -185,32 +250,36 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kernel", [(), (3, 2)])
-def test_unpack_gives_the_masked_weight_bit_for_bit(pattern: str, kernel: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unpack_gives_the_masked_weight_bit_for_bit(pattern: str, kernel: tuple[int, ...], dtype: torch.dtype) -> None:
     parsed = Pattern.parse(pattern)
     shape = (parsed.v * 3 if parsed.v > 1 else 141, parsed.m * 7, *kernel)
-    spec = LayerSpec("conv2d" if kernel else "linear", shape, parsed)
+    spec = LayerSpec("conv2d" if kernel else "linear", shape, parsed, dtype)
     # Few distinct magnitudes: most choices are ties, and the lower index must win as it does in the reference.
-    weight = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float() / 3
+    weight = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype) / 3
     values, index = KERNEL.pack(weight, spec)
     expected = torch.where(magnitude_mask(weight, parsed), weight, 0.0)
     unpacked = KERNEL.unpack(values, index, spec)
-    assert torch.equal(unpacked.view(torch.int32), (expected + 0.0).view(torch.int32))
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(unpacked.view(bits), (expected + 0.0).view(bits))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(PATTERNS), st.integers(0, 2**31), st.sampled_from([1.0, 1e-30, 1e30]))
-def test_mask_equals_the_reference(pattern: str, seed: int, scale: float) -> None:
+@given(st.sampled_from(PATTERNS), st.sampled_from(DTYPES), st.integers(0, 2**31), st.sampled_from([1.0, 1e-30, 1e30]))
+def test_mask_equals_the_reference(pattern: str, dtype: torch.dtype, seed: int, scale: float) -> None:
     parsed = Pattern.parse(pattern)
-    weight = seeded(parsed.v * 2, parsed.m * 6, seed=seed) * scale
-    spec = LayerSpec("linear", tuple(weight.shape), parsed)
+    weight = seeded(parsed.v * 2, parsed.m * 6, seed=seed) * (1 if dtype == torch.float16 else scale)
+    weight = weight.to(dtype)
+    spec = LayerSpec("linear", tuple(weight.shape), parsed, dtype)
     assert torch.equal(KERNEL.unpack(*KERNEL.pack(weight, spec), spec), weight * magnitude_mask(weight, parsed))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4v4"])
-def test_packed_shapes_depend_on_the_spec_alone(pattern: str) -> None:
-    spec = LayerSpec("linear", (129 if pattern == "2:4" else 132, 384), Pattern.parse(pattern))
-    alike = torch.ones(spec.weight_shape)  # every channel keeps the same rows
-    for weight in (seeded(*spec.weight_shape), alike):
+@pytest.mark.parametrize("pattern", ["2:4", "1:4v4", "1:3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_shapes_depend_on_the_spec_alone(pattern: str, dtype: torch.dtype) -> None:
+    spec = LayerSpec("linear", (132 if pattern == "1:4v4" else 129, 396), Pattern.parse(pattern), dtype)
+    alike = torch.ones(spec.weight_shape, dtype=dtype)  # every channel keeps the same rows
+    for weight in (seeded(*spec.weight_shape, dtype=dtype), alike):
         packed = KERNEL.pack(weight, spec)
         for tensor, empty in zip(packed, KERNEL.empty_packed(spec, torch.device("cpu")), strict=True):
             assert (tensor.shape, tensor.dtype) == (empty.shape, empty.dtype)
@@ -225,7 +294,7 @@ def test_empty_packed_on_meta() -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (LayerSpec("linear", (8, 8), Pattern(2, 4), dtype=torch.bfloat16), "float32, not bfloat16"),
+        (LayerSpec("linear", (8, 8), Pattern(2, 4), dtype=torch.float64), "float32, bfloat16 and float16, not float64"),
         (LayerSpec("linear", (8, 8), Pattern(2, 4), device="cuda"), "cuda"),
         (LayerSpec("linear", (8, 8), Pattern(2, 4), device="meta"), "meta"),
         (LayerSpec("conv2d", (8, 4, 3, 3), Pattern(2, 4), groups=2), "one group, not 2"),
@@ -256,6 +325,16 @@ def test_bad_input_is_an_error() -> None:
         KERNEL.unpack(packed[0], packed[1][1:], spec)
     with pytest.raises(ValueError, match="NaN"):
         KERNEL.pack(torch.full((8, 8), math.nan), spec)
+    with pytest.raises(ValueError, match="want float32, bfloat16 or float16, got Double"):
+        KERNEL.pack(seeded(8, 8).double(), spec)
+    half = LayerSpec("linear", (8, 8), Pattern(2, 4), torch.bfloat16)
+    packed_half = KERNEL.pack(seeded(8, 8).bfloat16(), half)
+    with pytest.raises(ValueError, match="x: want bfloat16"):
+        KERNEL.linear(seeded(3, 8), *packed_half, half, Epilogue())
+    with pytest.raises(ValueError, match="bias: want bfloat16"):
+        KERNEL.linear(seeded(3, 8).bfloat16(), *packed_half, half, Epilogue(bias=seeded(8)))
+    with pytest.raises(ValueError, match="residual: want bfloat16"):
+        KERNEL.linear(seeded(3, 8).bfloat16(), *packed_half, half, Epilogue(residual=seeded(3, 8)))
     conv = LayerSpec("conv2d", (8, 8, 3, 3), Pattern(2, 4))
     with pytest.raises(ValueError, match="more than the padded input"):
         KERNEL.conv(seeded(1, 8, 2, 5), *KERNEL.pack(seeded(8, 8, 3, 3), conv), conv, Epilogue())

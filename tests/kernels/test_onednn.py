@@ -63,9 +63,29 @@ def test_skips_nothing_and_says_so():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (LayerSpec("linear", (8, 8), Pattern(2, 4), torch.bfloat16), "bfloat16"),
+        (LayerSpec("linear", (8, 8), Pattern(2, 4), torch.float64), "no fast float64"),
         (LayerSpec("linear", (8, 8), Pattern(2, 4), torch.float32, "cuda"), "CPU only"),
     ],
 )
 def test_refusals_give_the_reason(spec, message):
     assert message in onednn.refusal(spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    linear = LayerSpec("linear", (24, 40), Pattern(2, 4), dtype)
+    refusal = onednn.refusal(linear)
+    if refusal is not None:
+        assert f"no fast {str(dtype).removeprefix('torch.')} on this processor" in refusal
+        return
+    weight, bias, x = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype), torch.randn(7, 40).to(dtype)
+    values, index = onednn.pack(weight, linear)
+    want = F.linear(x.double(), masked64(weight, linear.pattern), bias.double())
+    got = onednn.linear(x, values, index, linear, Epilogue(bias))
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    assert torch.equal(onednn.unpack(values, index, linear).double(), masked64(weight, linear.pattern))
+
+
+def test_half_precision_convolutions_are_refused():
+    spec = LayerSpec("conv2d", (16, 32, 3, 3), Pattern(2, 4), torch.bfloat16)
+    assert "bfloat16" in onednn.refusal(spec)

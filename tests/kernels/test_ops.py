@@ -41,25 +41,36 @@ def masked64(weight: Tensor, pattern: str) -> Tensor:
     return (weight * magnitude_mask_naive(weight, Pattern.parse(pattern))).double()
 
 
-def linear_case(kernel, pattern="2:4", bias=True, residual=False, activation="none", x_shape=(2, 9, 64), grad=False):
-    weight = random(32, 64) / 8
-    spec = LayerSpec("linear", (32, 64), Pattern.parse(pattern))
+def linear_case(
+    kernel,
+    pattern="2:4",
+    bias=True,
+    residual=False,
+    activation="none",
+    x_shape=(2, 9, 64),
+    grad=False,
+    dtype=torch.float32,
+):
+    weight = (random(32, 64) / 8).to(dtype)
+    spec = LayerSpec("linear", (32, 64), Pattern.parse(pattern), dtype)
     values, index = able(kernel, spec).pack(weight, spec)
-    x = random(*x_shape, seed=1).requires_grad_(grad)
-    b = random(32, seed=2).requires_grad_(grad) if bias else None
-    r = random(*x_shape[:-1], 32, seed=3).requires_grad_(grad) if residual else None
+    x = random(*x_shape, seed=1).to(dtype).requires_grad_(grad)
+    b = random(32, seed=2).to(dtype).requires_grad_(grad) if bias else None
+    r = random(*x_shape[:-1], 32, seed=3).to(dtype).requires_grad_(grad) if residual else None
     return (x, values, index, kernel, pattern, [32, 64], b, activation, r), weight
 
 
-def conv_case(kernel, conv="3x3", pattern="2:4", bias=True, residual=False, activation="none", grad=False):
+def conv_case(
+    kernel, conv="3x3", pattern="2:4", bias=True, residual=False, activation="none", grad=False, dtype=torch.float32
+):
     shape, stride, padding, dilation = CONVS[conv]
-    weight = random(*shape) / 12
-    spec = LayerSpec("conv2d", shape, Pattern.parse(pattern), torch.float32, "cpu", stride, padding, dilation)
+    weight = (random(*shape) / 12).to(dtype)
+    spec = LayerSpec("conv2d", shape, Pattern.parse(pattern), dtype, "cpu", stride, padding, dilation)
     values, index = able(kernel, spec).pack(weight, spec)
-    x = random(2, shape[1], 9, 8, seed=1).requires_grad_(grad)
-    b = random(shape[0], seed=2).requires_grad_(grad) if bias else None
+    x = random(2, shape[1], 9, 8, seed=1).to(dtype).requires_grad_(grad)
+    b = random(shape[0], seed=2).to(dtype).requires_grad_(grad) if bias else None
     out = F.conv2d(x.detach(), weight, None, stride, padding, dilation)
-    r = random(*out.shape, seed=3).requires_grad_(grad) if residual else None
+    r = random(*out.shape, seed=3).to(dtype).requires_grad_(grad) if residual else None
     args = (x, values, index, kernel, pattern, list(shape), list(stride), list(padding), list(dilation), 1)
     return (*args, b, activation, r), weight
 
@@ -120,9 +131,24 @@ def test_opcheck_channels_last(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_linear_in_half_precision(kernel, dtype):
+    args, _ = linear_case(kernel, "2:4", True, True, "gelu", dtype=dtype)
+    opcheck(torch.ops.sparsedm.linear.default, args, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_conv2d_in_half_precision(kernel, dtype):
+    args, _ = conv_case(kernel, "stride2", "2:4v2", True, True, "silu", dtype=dtype)
+    opcheck(torch.ops.sparsedm.conv.default, args, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("op", ["linear", "conv2d"])
-def test_opcheck_unpack(kernel, op):
-    args, weight = linear_case(kernel) if op == "linear" else conv_case(kernel)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_unpack(kernel, op, dtype):
+    args, weight = linear_case(kernel, dtype=dtype) if op == "linear" else conv_case(kernel, dtype=dtype)
     conv = ([1, 1], [0, 0], [1, 1], 1) if op == "linear" else args[6:10]
     unpack_args = (args[1], args[2], op, kernel, "2:4", list(weight.shape), *conv)
     opcheck(torch.ops.sparsedm.unpack.default, unpack_args, kernel)
