@@ -14,6 +14,9 @@ from sparsedm_compile.quality.draw import draw
 from sparsedm_compile.quality.features import weights_sha256
 from sparsedm_compile.quality.validation import validation_loss
 
+# Its times are spread over a batch: fixed, so that the loss does not depend on how samples are drawn.
+_VALIDATION_BATCH = 500
+
 
 @dataclass(frozen=True)
 class Score:
@@ -115,7 +118,7 @@ def judge(
         macs=macs.sparse,
         attention_macs=macs.attention,
         weight_bytes=macs.packed_bytes,
-        validation_loss=validation_loss(compiled, test_images, batch=batch),
+        validation_loss=validation_loss(compiled, test_images, batch=min(_VALIDATION_BATCH, len(test_images))),
         frechet=tuple(d.frechet for d in distances),
         kernel=tuple(d.kernel for d in distances),
         samples=samples,
