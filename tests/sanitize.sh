@@ -5,7 +5,8 @@
 #     tests/sanitize.sh [pytest's arguments]
 #
 # Python is not built with the sanitizers, so their runtimes come first by LD_PRELOAD, and beside them libstdc++, whose
-# throw they wrap. Python keeps memory to its end, so leaks are not looked for. One OpenMP pool stays torch's own.
+# throw they wrap. Python keeps memory to its end, so leaks are not looked for. A finding ends the process with its report,
+# which pytest would keep to itself if it captured output.
 set -eu
 cxx=${CXX:-g++}
 runtime() { "$cxx" -print-file-name="$1"; }
@@ -13,4 +14,4 @@ runtime() { "$cxx" -print-file-name="$1"; }
 export SPARSEDM_CPU_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1
 [ $# -gt 0 ] || set -- -q -m "" tests/kernels/test_fuzz.py tests/kernels/test_cpu_kernel.py tests/kernels/test_cpu_checksum.py
-LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" exec "$PYTHON" -P -m pytest "$@"
+LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" exec "$PYTHON" -P -m pytest --capture=no "$@"
