@@ -45,7 +45,7 @@ class CpuKernel(Kernel):
         return spec.pattern.refusal(spec.weight_shape) or build.load()
 
     def gates(self, spec: LayerSpec) -> bool:
-        """See :meth:`Kernel.gates`; a fourth of the memory traffic of the product's output and a pass over it."""
+        """See :meth:`Kernel.gates`. The product is then never written at its full width, nor read again."""
         return spec.op == "linear" and spec.weight_shape[0] % (2 * _UNIT) == 0
 
     def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
