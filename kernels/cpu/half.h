@@ -89,11 +89,11 @@ inline void store(Half* to, Vec v) {
   detail::store_bits(to, rounded | (bits & 0x80000000) >> 16);
 }
 
-// A register's worth of tokens on their way into a panel.
+// A register of a panel's elements, from where they lie in memory.
 template <class Panel, class T>
 inline void copy(Panel* to, const T* from) {
   if constexpr (std::is_same_v<Panel, T>) {
-    std::memcpy(to, from, kWidth * sizeof(T));
+    std::memcpy(to, from, kBytes);
   } else {
     store(to, load(from));
   }

@@ -168,7 +168,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
       planes.data = image.const_data_ptr<T>();
       planes.end = planes.data + image.numel();
     } else {
-      padded = at::empty({planes.size() + kWidth}, x.options(), at::MemoryFormat::Contiguous);
+      padded = at::empty({planes.size() + planes.kPiece}, x.options(), at::MemoryFormat::Contiguous);
       const auto split = channels_last ? split_channels_last<T> : split_channel_major<T>;
       split(planes, image.const_data_ptr<T>(), padded.mutable_data_ptr<T>());
       planes.data = padded.const_data_ptr<T>();

@@ -109,6 +109,9 @@ struct Planes {
   int64_t plane_size() const { return z.count() * y.count() * x.count() * phase_size(); }
   int64_t size() const { return window.images * window.channels * plane_size(); }
 
+  // Tokens that are copied at once.
+  static constexpr int64_t kPiece = kBytes / sizeof(typename PanelOf<T>::type);
+
   struct Piece {
     int64_t from, to;  // a register of consecutive tokens that lie side by side in a plane
   };
@@ -132,7 +135,7 @@ struct Planes {
         const int64_t shift = (z.shift[kz] * y.length + y.shift[ky]) * x.length + x.shift[kx];
         const T* plane = source.data + k % w.channels * source.plane_size() + phase * source.phase_size() + shift;
         for (const int64_t stop = std::min(k1, (tap + 1) * w.channels); k < stop; ++k) {
-          if (plane + last + kWidth <= source.end) {
+          if (plane + last + kPiece <= source.end) {
             for (const Piece& piece : pieces) {
               __builtin_prefetch(plane + piece.from + kPlanesAhead * source.plane_size());
               copy(panel + piece.to, plane + piece.from);
@@ -166,7 +169,7 @@ struct Planes {
       left = std::min(left, token1 - t);
       const int64_t row = pixel / slice * y.length + pixel % slice / width;
       const int64_t from = image * window.channels * plane_size() + row * x.length + column;
-      for (int64_t i = 0; i < left; i += kWidth) {
+      for (int64_t i = 0; i < left; i += kPiece) {
         cursor.pieces.push_back({from + i, t - token0 + i});
         cursor.last = std::max(cursor.last, from + i);
       }
