@@ -5,6 +5,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <type_traits>
+
 #include "vec.h"
 
 // Processors that multiply pairs of bfloat16 do so twice as fast as floats: what dense reaches there.

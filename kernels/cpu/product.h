@@ -43,7 +43,8 @@ struct Step {
 
 #if SPARSEDM_BF16_PAIRS
 // Two rows of bfloat16, interleaved on the way, and pairs of weights: twice the multiplications per instruction. Two
-// interleaving instructions serve two multiplications of each channel, beside which they run for free.
+// interleaving instructions serve two multiplications of each channel: 4 channels reach 190 GFLOP/s of 231, 2 reach 184,
+// pairs at 2:4 160. Converted to floats, 2:4 loses to the bfloat16 of oneDNN.
 template <>
 struct Step<BFloat16> {
   const __m512i *a, *b;
