@@ -45,7 +45,7 @@ class TrainConfig:
     """A run of AdamW.
 
     Attributes:
-        steps: optimizer steps; the budget is the same for every row of a recipe.
+        steps: optimizer steps; the same for every row of a recipe that does not name its own.
         amp: ``"bfloat16"``, ``"float16"`` or empty for float32.
     """
 
@@ -76,6 +76,7 @@ class RowConfig:
         macs: a budget, as a share of the dense MACs, for which :func:`sparsedm_compile.plan_for` chooses a pattern for
             each layer among ``candidates``.
         train: whether the row is fine-tuned at all.
+        steps: of its fine-tuning, where they are not those of the recipe.
         mask: ``"sr-ste"``; ``"ste"``, without its decay; ``"fixed"``, the first mask for good, as ASP does.
         teacher: whether the dense model teaches (the distillation term of SparseDM). A flexible row without it that
             draws ``"dense"`` is taught by itself at that pattern.
@@ -91,6 +92,7 @@ class RowConfig:
     macs: float | None = None
     candidates: tuple[str, ...] = ()
     train: bool = True
+    steps: int | None = None
     mask: str = "sr-ste"
     teacher: bool = True
     flexible: tuple[str, ...] = ()
@@ -107,8 +109,10 @@ class RowConfig:
             raise ValueError(f"row name {self.name!r} is taken: it stands for the dense model that rows are made of")
         if (self.macs is None) == bool(self.candidates):
             raise ValueError(f"row {self.name!r}: macs and candidates go together")
-        if self.flexible and not self.train:
-            raise ValueError(f"row {self.name!r} is not trained, so flexible has no meaning")
+        if (self.flexible or self.steps is not None) and not self.train:
+            raise ValueError(f"row {self.name!r} is not trained, so flexible and steps have no meaning")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"row {self.name!r}: steps must be at least 1, got {self.steps}")
 
     @property
     def file(self) -> str:

@@ -139,7 +139,7 @@ def make_row(
             model,
             teacher,
             _batches(data.train, recipe.finetune, recipe.seed + 1),
-            **_training(recipe.finetune),
+            **_training(recipe.finetune) | ({} if row.steps is None else {"steps": row.steps}),
             **({} if row.teacher or row.flexible else {"distillation_weight": 0.0}),
             **({"patterns": list(row.flexible)} if row.flexible else {}),
             **({"srste_decay": 0.0} if row.mask != "sr-ste" else {}),

@@ -55,6 +55,8 @@ def test_values_arrive(tmp_path):
         ("", 'pattern = "5:4"', "5:4"),
         ("", "macs = 0.5", "macs and candidates go together"),
         ("", 'train = false\nflexible = ["dense"]', "is not trained"),
+        ("", "train = false\nsteps = 5", "is not trained"),
+        ("", "steps = 0", "steps must be at least 1, got 0"),
         ("", '[[rows]]\nname = "sparsedm 2:4"', "two rows are called 'sparsedm-2-4'"),
         ("", '[[rows]]\nname = "a/b"', "must be text that a file can be called by"),
         ("", '[[rows]]\nname = "Dense"', "row name 'Dense' is taken"),

@@ -55,6 +55,7 @@ policy = "all"
 [[rows]]
 name = "flexible"
 flexible = ["dense", "1:4"]
+steps = 4
 """
 
 
@@ -123,6 +124,13 @@ def test_flexible_row_keeps_its_dense_weights(made):
 
     set_pattern(model, "dense")
     assert all((layer.weight != 0).float().mean() > 0.99 for layer in sparse_layers(model).values())
+
+
+def test_a_row_trains_for_its_own_steps(made):
+    steps = {
+        name: json.loads((made.folder / "rows" / f"{name}.json").read_text())["steps"] for name in ("half", "flexible")
+    }
+    assert steps == {"half": 2, "flexible": 4}
 
 
 def test_logs_and_metadata(made):
