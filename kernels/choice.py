@@ -19,7 +19,7 @@ from torch._prims_common import suggest_memory_format
 
 from sparsedm_compile.cuda_graph import capture
 from sparsedm_compile.kernels import get_kernel, kernel_names
-from sparsedm_compile.kernels.registry import Epilogue, LayerSpec, convolve
+from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
 from sparsedm_compile.kernels.verdicts import Verdict, VerdictStore
 from sparsedm_compile.masked_weight import mask_out
 from sparsedm_compile.timing import median_ratio, paired_times
@@ -37,6 +37,8 @@ _BUSY = 1.5
 # On a GPU a round is so many calls in a row, as a model makes them: host and GPU work side by side, and the slower one
 # counts. Timed call by call, what a launch costs the host (more through CuPy than in torch) would decide small layers.
 _CALLS = 10
+# A ratio so far from 1 is taken for granted at sizes near the one measured.
+_CLEAR = 1.4
 _NATIVE = "dense"
 _REFERENCE = "reference"  # never a candidate: it unpacks at every call
 
@@ -90,15 +92,22 @@ def choose(
     threads = torch.get_num_threads()
     versions = {name: get_kernel(name).version for name in able}
     graphs = graphs and spec.device == "cuda"
-    key = repr(
-        (spec, _octaves(spec, shape), memory_format, has_bias, threads, versions, *(["graphs"] if graphs else []))
+    sizes = _sizes(spec, shape)
+    here, near = (
+        repr((spec, size, memory_format, has_bias, threads, versions, *(["graphs"] if graphs else [])))
+        for size in (sizes, ("near", *map(_power_of_two, sizes)))
     )
     # One measurement at a time: two at once would time each other.
     with _lock:
-        verdict = _store.get(key)
+        verdict = _store.get(here)
         if verdict is None:
-            verdict = _measure(spec, shape, memory_format, has_bias, able, graphs)
-            _store.put(key, verdict)
+            neighbour = _store.get(near)
+            if neighbour is not None and _is_clear(neighbour):
+                verdict = neighbour
+            else:
+                verdict = _measure(spec, shape, memory_format, has_bias, able, graphs)
+                _store.put(here, verdict)
+                _store.put(near, verdict)
     if not sparse and not spec.pattern.is_dense:
         return replace(verdict, reason=_explain_refusals(refusals), sparse_seconds=None, ratio=None)
     return verdict
@@ -181,7 +190,8 @@ def _row(run: Callable[[], Tensor]) -> None:
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
     if spec.op == "linear":
         return F.linear(x, weight, bias)
-    return convolve(x, weight, bias, spec)
+    convolve = F.conv2d if spec.op == "conv2d" else F.conv3d
+    return convolve(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
 
 
 def _measured_shape(x: Tensor) -> tuple[int, ...] | None:
@@ -191,17 +201,20 @@ def _measured_shape(x: Tensor) -> tuple[int, ...] | None:
     return tuple(max(1, size if isinstance(size, int) else int(size.node.hint)) for size in x.shape)
 
 
-def _octaves(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What of an input's size a verdict holds for: the power of two nearest to the tokens of a linear layer, and those
-    nearest to the images and to the pixels of one image for a convolution.
+def _sizes(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What of an input's size the speed of a layer depends on: tokens; images and each extent of an image."""
+    return (math.prod(shape[:-1]),) if spec.op == "linear" else (shape[0], *shape[2:])
 
-    A size is within a factor of sqrt(2) of its power of two. Ratios of sparse to dense change slowly with the size, and
-    where they do not, at few tokens, octaves are narrow.
+
+def _power_of_two(size: int) -> int:
+    """The nearest one: sizes that share it are near each other."""
+    return 1 << round(math.log2(size))
+
+
+def _is_clear(verdict: Verdict) -> bool:
+    """Whether a verdict serves sizes near the one that it was measured at, so that they cost no measurement.
+
+    Ratios of sparse to dense differ by up to a third between sizes of one power of two (more tokens than fill the last
+    panel), so a close call is measured again at each size.
     """
-    if spec.op == "linear":
-        return (_octave(math.prod(shape[:-1])),)
-    return _octave(shape[0]), _octave(math.prod(shape[2:]))
-
-
-def _octave(size: int) -> int:
-    return round(math.log2(size))
+    return verdict.ratio is None or not 1 / _CLEAR < verdict.ratio < _CLEAR

@@ -78,6 +78,8 @@ def _conv(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
+    if activation == "geglu":
+        raise ValueError(f"geglu follows linear layers alone, not a convolution of weight {tuple(weight_shape)}")
     flat = _is_flat(x, weight_shape)
     if flat:
         x, residual = _with_height(x), None if residual is None else _with_height(residual)

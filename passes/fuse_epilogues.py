@@ -28,7 +28,8 @@ def fuse_epilogues(lowering: Lowering) -> None:
             continue
         if get_kernel(layer.verdict.kernel).gates(layer.spec):
             _absorb_gate(lowering, layer)
-        activation = _only_user(layer.node)
+        # Behind a gate the kernel has its one activation already.
+        activation = None if "activation" in layer.node.kwargs else _only_user(layer.node)
         name = _activation_name(activation) if activation is not None else None
         if name is not None:
             _absorb(lowering, layer, activation, activation=name)

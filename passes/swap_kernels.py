@@ -40,9 +40,13 @@ def swap_kernels(lowering: Lowering) -> None:
 
 
 def _memory_format(layer: LayerNode) -> torch.memory_format | None:
-    """Channels last, where the weight is so: dense then answers so, and for a packed layer the input must ask."""
-    memory_format = suggest_memory_format(layer.weight.meta["example_value"])
-    return None if memory_format == torch.contiguous_format else memory_format
+    """Channels last, where the weight is so: dense then answers so, and for a packed layer the input must ask.
+
+    A kernel of one pixel lies either way: dense goes by the input.
+    """
+    weight = layer.weight.meta["example_value"]
+    memory_format = suggest_memory_format(weight)
+    return None if memory_format == torch.contiguous_format or weight.shape[2:].numel() == 1 else memory_format
 
 
 def _use_masked(lowering: Lowering, layer: LayerNode) -> None:

@@ -150,6 +150,10 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
                         x.size(1) == layout.channels,
                     "x: want ", name_of(values.scalar_type()), " of shape (B, ", layout.channels,
                     rank == 5 ? ", D" : "", ", H, W), got ", x.scalar_type(), " of ", x.sizes());
+  const size_t dims = static_cast<size_t>(rank) - 2;
+  TORCH_CHECK_VALUE(stride.size() == dims && padding.size() == dims && dilation.size() == dims, "stride ", stride,
+                    ", padding ", padding, " and dilation ", dilation, ": want ", dims, " numbers each, one a dimension");
+  TORCH_CHECK_VALUE(activation != kGeglu, "activation: geglu follows linear layers alone");
   const Window window = window_of(x, weight_shape, stride, padding, dilation);
   const at::MemoryFormat format = x.suggest_memory_format();
   const bool channels_last = format != at::MemoryFormat::Contiguous;

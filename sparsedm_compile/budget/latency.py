@@ -90,8 +90,8 @@ def measure_latency(
 
     A layer's time is that of the kernel that the backend would choose for it, so no pattern is slower than dense. It is
     the dense time divided by the measured ratio of the two: ratios are taken side by side, times are not. Choices that
-    the backend remembers cost nothing here, and those measured here serve it later. Batch sizes are measured at powers
-    of two and scaled to the batch of ``inputs``.
+    the backend remembers cost nothing here, and those measured here serve it later. A choice that is clear at a size
+    near that of ``inputs`` counts for it, its time scaled by the elements.
 
     Args:
         model: dense, called as ``model(*inputs)``; left as it was.
@@ -150,8 +150,9 @@ def _call_times(layer: nn.Module, x: Tensor, options: Sequence[Pattern]) -> dict
     if options == (DENSE,):
         return None  # nothing to decide: its time is part of the rest
     spec = spec_of(layer, layer.weight)
+    unusual = "the input is one image without a batch dimension" if x.dim() < layer.weight.dim() > 2 else ""
     verdicts = {
-        pattern: choose(replace(spec, pattern=pattern), x, layer.bias is not None)
+        pattern: choose(replace(spec, pattern=pattern), x, layer.bias is not None, unusual=unusual)
         for pattern in dict.fromkeys((DENSE, *options))
     }
     timed = next((v for v in verdicts.values() if v.dense_seconds is not None), None)

@@ -19,7 +19,7 @@ def known_times(monkeypatch):
     """1 s a dense call of a linear, 2 s of a convolution; the whole model 100 s. 2:4 halves it, at 1:4 dense wins."""
     asked = []
 
-    def choose(spec, x, has_bias):
+    def choose(spec, x, has_bias, unusual=""):
         assert x.device.type == "meta"  # a whole model's activations would not fit in memory
         asked.append((spec, tuple(x.shape), has_bias))
         dense, at = 1.0 if spec.op == "linear" else 2.0, (4, *x.shape[1:]) if len(x) == 3 else tuple(x.shape)
@@ -62,7 +62,7 @@ def test_a_layer_called_twice_takes_twice_as_long(known_times):
 
 
 def test_a_layer_that_is_not_timed_is_left_out(model, inputs, known_times, monkeypatch):
-    monkeypatch.setattr(latency, "choose", lambda *_: Verdict("dense", "no kernel runs here"))
+    monkeypatch.setattr(latency, "choose", lambda *_, **__: Verdict("dense", "no kernel runs here"))
     assert measure_latency(model, inputs, candidates=CANDIDATES, policy="all").layers == {}
 
 
@@ -96,3 +96,9 @@ def test_measured_for_real(inputs):
     assert table.dense_ms > 0
     for row in table.layers.values():  # empty where no kernel is timed, as without a compiler
         assert all(0 < row[pattern] <= row["dense"] for pattern in CANDIDATES)
+
+
+def test_an_image_without_a_batch_dimension_is_no_layer_to_time():
+    model = nn.Conv2d(64, 64, 3, padding=1)
+    table = measure_latency(model, (torch.randn(64, 8, 8),), candidates=["2:4"], policy="all", seconds=0.1)
+    assert table.layers == {}

@@ -84,15 +84,16 @@ def test_measures_once_for_each_layer_and_input(clock):
     assert len(measured) == 4
 
 
-@pytest.mark.parametrize(
-    ("spec", "first", "alike", "others"),
+NEAR = pytest.mark.parametrize(
+    ("spec", "first", "near", "far"),
     [
         (SPEC, (2, 512, 64), [(1024, 64), (1, 1448, 64), (3, 250, 64)], [(1, 1449, 64), (1, 724, 64), (64,)]),
         (
             LayerSpec("conv2d", (32, 32, 3, 3), Pattern(2, 4), padding=(1, 1)),
             (4, 32, 16, 16),
-            [(3, 32, 18, 14), (5, 32, 16, 20), (4, 32, 32, 8)],
-            [(4, 32, 32, 32), (2, 32, 16, 16), (16, 32, 8, 8)],
+            [(3, 32, 18, 14), (5, 32, 16, 20), (4, 32, 22, 12)],
+            # As many pixels in narrow rows are another thing: 0.1x of dense where square images gave 1.6x.
+            [(4, 32, 32, 32), (2, 32, 16, 16), (16, 32, 8, 8), (4, 32, 32, 8), (4, 32, 256, 1)],
         ),
         (
             LayerSpec("conv2d", (32, 32, 1, 3), Pattern(2, 4), padding=(0, 1)),  # of conv1d
@@ -103,16 +104,37 @@ def test_measures_once_for_each_layer_and_input(clock):
     ],
     ids=["linear", "conv2d", "conv1d"],
 )
-def test_a_like_size_is_not_measured_again(clock, spec, first, alike, others):
-    _, measured = clock
+
+
+@pytest.mark.parametrize("sparse", [0.5, 2.0])
+@NEAR
+def test_a_clear_verdict_serves_near_sizes(clock, spec, first, near, far, sparse):
+    seconds, measured = clock
+    needs("cpu", spec)
+    seconds["cpu"] = sparse
     verdict = choose(spec, torch.empty(first, device="meta"), True)
-    for shape in alike:
+    for shape in near:
         again = choose(spec, torch.empty(shape, device="meta"), True)
         assert again == verdict  # which names the size that was measured
     assert len(measured) == 1
-    for count, shape in enumerate(others, start=2):
+    for count, shape in enumerate(far, start=2):
         assert choose(spec, torch.empty(shape, device="meta"), True).measured_at != verdict.measured_at
         assert len(measured) == count
+
+
+@pytest.mark.parametrize("sparse", [0.8, 1.0, 1.3])
+@NEAR
+def test_a_close_call_is_measured_at_each_size(clock, spec, first, near, far, sparse):
+    seconds, measured = clock
+    needs("cpu", spec)
+    seconds["cpu"] = sparse
+    choose(spec, torch.empty(first, device="meta"), True)
+    for count, shape in enumerate(near[1:], start=2):
+        verdict = choose(spec, torch.empty(shape, device="meta"), True)
+        assert len(measured) == count
+        seconds["cpu"] = 9.0  # what is known here is not asked again, though the near size now says otherwise
+        assert choose(spec, torch.empty(shape, device="meta"), True) == verdict
+        seconds["cpu"] = sparse
 
 
 def test_remembers_across_processes(clock, monkeypatch):

@@ -327,6 +327,12 @@ def test_bad_input_is_an_error() -> None:
         KERNEL.pack(torch.full((8, 8), math.nan), spec)
     with pytest.raises(ValueError, match="want float32, bfloat16 or float16, got Double"):
         KERNEL.pack(seeded(8, 8).double(), spec)
+    video = LayerSpec("conv3d", (8, 8, 1, 1, 1), Pattern(2, 4))  # with the two strides of an image
+    with pytest.raises(ValueError, match="want 3 numbers each, one a dimension"):
+        KERNEL.conv(seeded(1, 8, 2, 2, 2), *KERNEL.pack(seeded(8, 8, 1, 1, 1), video), video, Epilogue())
+    image = LayerSpec("conv2d", (256, 8, 1, 1), Pattern(2, 4))
+    with pytest.raises(ValueError, match="geglu follows linear layers alone"):
+        KERNEL.conv(seeded(1, 8, 2, 2), *KERNEL.pack(seeded(256, 8, 1, 1), image), image, Epilogue(activation="geglu"))
     half = LayerSpec("linear", (8, 8), Pattern(2, 4), torch.bfloat16)
     packed_half = KERNEL.pack(seeded(8, 8).bfloat16(), half)
     with pytest.raises(ValueError, match="x: want bfloat16"):

@@ -262,3 +262,11 @@ def test_a_wrong_input_width_is_refused_while_tracing_and_while_running(kernel):
         torch.compile(lambda x: torch.ops.sparsedm.linear(x, *args[1:]), backend="eager")(wrong)
     with pytest.raises((RuntimeError, ValueError)):
         torch.ops.sparsedm.linear(wrong, *args[1:])
+
+
+def test_no_geglu_behind_convolutions():
+    spec = LayerSpec("conv2d", (256, 8, 1, 1), Pattern(2, 4))
+    packed = able("reference", spec).pack(torch.randn(256, 8, 1, 1), spec)
+    constants = ("reference", "2:4", [256, 8, 1, 1], [1, 1], [0, 0], [1, 1], 1)
+    with pytest.raises(ValueError, match="geglu follows linear layers alone"):
+        torch.ops.sparsedm.conv(torch.randn(1, 8, 2, 2), *packed, *constants, None, "geglu")

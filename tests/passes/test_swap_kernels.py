@@ -41,6 +41,18 @@ def test_a_channels_last_model_answers_in_channels_last(lower, kernel):
     torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "reference", "dense"])
+def test_a_kernel_of_one_pixel_answers_as_the_input_lies(lower, targets, kernel):
+    model = sparse(nn.Conv2d(32, 32, 1)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 8, 8)
+    lowering, output = lower(model, [x], PASSES, kernel=kernel)
+    with torch.no_grad():
+        want = model(x)
+    assert output.stride() == want.stride() == (2048, 64, 8, 1)
+    assert len(targets(lowering)) == 1  # no copy of the input
+    torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
 def test_no_mask_is_left_in_the_graph(lower, targets, kernel):
     lowering, _ = lower(sparse(nn.Linear(32, 32)), [torch.randn(2, 32)], PASSES, kernel=kernel)
