@@ -1,14 +1,14 @@
 """The noise processes that a diffusion model is trained on: the variance-preserving SDE, or a diffusers scheduler's."""
 
+import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch.distributed import DistError
 
 
 class NoiseProcess(Protocol):
@@ -30,7 +30,8 @@ class NoiseProcess(Protocol):
         """The noise that ``model`` sees in ``x_t``; the shape of ``x_t``.
 
         Raises:
-            ValueError: the model does not take these inputs, or answers another shape.
+            ValueError: the model does not take these inputs, or answers another shape. What fails inside it for
+                other reasons is raised as it is.
             TypeError: it answers no tensor.
         """
 
@@ -171,17 +172,55 @@ def _mix(
     return (alpha(t).reshape(shape) * clean + sigma(t).reshape(shape) * noise).to(clean.dtype)
 
 
+#: What torch's operators say of inputs whose shapes do not fit.
+_MISMATCH = re.compile(
+    r"expected input.* channels, but got"  # convolutions
+    r"|Expected \dD .*input to conv|Kernel size can't be greater than actual input size"
+    r"|shapes cannot be multiplied|size mismatch"  # matrix products
+    r"|must match the (size of tensor|existing size)|Sizes of tensors must match"  # broadcast, expand, cat
+    r"|normalized_shape=.*but got input|equal to the number of channels|running_mean should contain"  # norms
+    r"|shape '.*' is invalid for input of size"  # reshape
+)
+
+
+def _remedy(model: nn.Module, arguments: tuple[Tensor, ...], error: Exception) -> str | None:
+    """What to do about a call that the model cannot take; None where the error is no proof of a wrong call.
+
+    The exact types, as Dynamo, out of memory and a lost process raise kinds of ``RuntimeError`` that quote anything.
+    """
+    if type(error) is TypeError and not _takes(model, arguments):
+        return (
+            "what follows the data in a batch is passed on as conditions: "
+            "give those that the model needs, drop those it does not take, as labels"
+        )
+    if type(error) is RuntimeError and _MISMATCH.search(str(error)):
+        return "the data and its conditions must have the shape that the model was made for"
+    return None
+
+
+def _takes(model: nn.Module, arguments: tuple[Tensor, ...]) -> bool:
+    try:
+        signature = inspect.signature(getattr(model, "forward", model))
+    except ValueError:  # compiled code has none
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
 def _predict(model: nn.Module, x_t: Tensor, time: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
     try:
         output = model(x_t, time, *condition)
-    except (TypeError, AttributeError, IndexError, RuntimeError) as error:  # what a wrong call ends in, far inside
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, DistError, BackendCompilerFailed)):
+    except (TypeError, RuntimeError) as error:
+        remedy = _remedy(model, (x_t, time, *condition), error)
+        if remedy is None:
             raise
         conditions = "".join(f", a condition {tuple(value.shape)} of {value.dtype}" for value in condition)
         raise ValueError(
             f"the model cannot be called with x_t {tuple(x_t.shape)}, times {tuple(time.shape)}"
-            f"{conditions or ' and no condition'}: {error}. The data must have the shape that the model was made for; "
-            "what follows it in a batch is passed on as conditions, so drop what the model does not take, as labels"
+            f"{conditions or ' and no condition'}: {error}; {remedy}"
         ) from error
     prediction = getattr(output, "sample", output)  # the field of diffusers' outputs
     if not isinstance(prediction, Tensor):

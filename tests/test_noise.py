@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
+from sparsedm_compile import pack, sparsify
 from sparsedm_compile.noise import VPSDE, SchedulerProcess
 
 
@@ -94,7 +95,7 @@ class TestCallsThatCannotWork:
     def test_labels_of_an_unconditional_model(self, process, t):
         message = (
             r"x_t \(2, 3, 4, 4\), times \(2,\), a condition \(2,\) of torch.int64: .*takes 3 positional arguments "
-            r"but 4 were given.* drop what the model does not take, as labels"
+            r"but 4 were given.* drop those it does not take, as labels"
         )
         with pytest.raises(ValueError, match=message):
             process.predict_noise(self.Denoiser(3, 3, 1), torch.zeros(2, 3, 4, 4), t, torch.tensor([1, 2]))
@@ -113,19 +114,73 @@ class TestCallsThatCannotWork:
             VPSDE().predict_noise(lambda x, t: (x, t), torch.zeros(2, 3), torch.rand(2))
 
     @pytest.mark.parametrize(
+        ("layer", "shape", "said"),
+        [
+            (nn.Conv2d(3, 3, 1), (2, 3, 4, 4, 1), "Expected 3D"),
+            (nn.Conv2d(3, 3, 3), (2, 3, 2, 2), "Kernel size can't"),
+            (nn.Linear(4, 4), (2, 3), "cannot be multiplied"),
+            (nn.LayerNorm(4), (2, 3), "normalized_shape"),
+            (nn.GroupNorm(2, 4), (2, 6, 4), "number of channels"),
+        ],
+    )
+    def test_shapes_that_an_operator_refuses(self, layer, shape, said):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, x, timesteps):
+                return self.layer(x)
+
+        with pytest.raises(ValueError, match=f"{said}.*; the data and its conditions must have the shape"):
+            VPSDE().predict_noise(Model(), torch.zeros(shape), torch.rand(2))
+
+
+class TestFailuresInsideTheModel:
+    """Of which the caller must read what the model said, not advice on how to call it."""
+
+    @pytest.mark.parametrize(
         "error",
         [
             torch.OutOfMemoryError("no memory"),
             torch.distributed.DistError("a process is gone"),
             BackendCompilerFailed(lambda: None, ValueError("no compiler"), None),
+            Unsupported("a graph break at mat1 and mat2 shapes cannot be multiplied"),
+            TypeError("takes 3 positional arguments but 4 were given"),
+            RuntimeError("view size is not compatible with input tensor's size and stride"),
+            IndexError("index out of range in self"),
         ],
     )
-    def test_failures_of_the_machine_are_no_wrong_calls(self, error):
+    def test_the_exception_passes_unchanged(self, error):
         def model(x, t):
             raise error
 
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)) as caught:
             VPSDE().predict_noise(model, torch.zeros(2, 3), torch.rand(2))
+        assert caught.value is error
+
+    def test_a_missing_attribute(self):
+        class Unfinished(nn.Module):
+            def forward(self, x, timesteps):
+                return self.missing(x)
+
+        with pytest.raises(AttributeError, match="no attribute 'missing'"):
+            VPSDE().predict_noise(Unfinished(), torch.zeros(2, 3), torch.rand(2))
+
+    def test_a_packed_model_that_trains(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(128, 128)
+
+            def forward(self, x, timesteps):
+                return self.layer(x)
+
+        model = Model()
+        sparsify(model, "2:4")
+        pack(model)
+        with pytest.raises(RuntimeError, match=r"^a packed model cannot be trained"):
+            VPSDE().predict_noise(model.train(), torch.zeros(2, 128), torch.rand(2))
 
 
 @pytest.mark.parametrize("arguments", [{"beta_min": 0.0}, {"beta_min": 2.0, "beta_max": 1.0}, {"beta_max": math.inf}])
