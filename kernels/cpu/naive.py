@@ -11,7 +11,7 @@ def linear_naive(x: Tensor, weight: Tensor, spec: LayerSpec, epilogue: Epilogue)
     """``act(x @ masked(weight).T + bias) + residual`` for the dense ``weight`` (out, in); float64."""
     masked = (weight * magnitude_mask_naive(weight, spec.pattern)).double()
     z = (x.double().unsqueeze(-2) * masked).sum(-1)
-    return _finish(z, epilogue, channel_dim=-1)
+    return epilogue_naive(z, epilogue, channel_dim=-1)
 
 
 def conv2d_naive(x: Tensor, weight: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
@@ -32,10 +32,11 @@ def conv2d_naive(x: Tensor, weight: Tensor, spec: LayerSpec, epilogue: Epilogue)
                         :, :, i * spec.stride[0] + ky * spec.dilation[0], j * spec.stride[1] + kx * spec.dilation[1]
                     ]
                     z[:, :, i, j] += (pixel.unsqueeze(1) * masked[:, :, ky, kx]).sum(-1)
-    return _finish(z, epilogue, channel_dim=1)
+    return epilogue_naive(z, epilogue, channel_dim=1)
 
 
-def _finish(z: Tensor, epilogue: Epilogue, channel_dim: int) -> Tensor:
+def epilogue_naive(z: Tensor, epilogue: Epilogue, channel_dim: int) -> Tensor:
+    """``act(z + bias) + residual`` for a float64 ``z`` whose output channels lie along ``channel_dim``."""
     if epilogue.bias is not None:
         shape = [1] * z.dim()
         shape[channel_dim] = -1
