@@ -1,6 +1,6 @@
 """What channel permutation does to one-shot pruning: U-ViT, DiT and UNet2DModel, trained on digits.
 
-    python bench/permutation.py --json bench/results/quality/digits_permutation.json
+    python bench/permutation.py --json digits_permutation.json
 
 Trains the small DiT and UNet2DModel of diffusers for each seed, a minute of one core each (kept in ``--models``), takes
 the demo's U-ViT as it is, and measures the denoising loss on held-out digits, the same noise for every row: dense, and
@@ -131,24 +131,37 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def earlier(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a file that is to go on, and the provenance of each run; a row's ``run`` is its place in the latter.
+
+    Raises:
+        ValueError: rows that do not say of which run they are.
+    """
+    if not path.exists():
+        return [], []
+    content = json.loads(path.read_text())
+    if "runs" not in content:
+        raise ValueError(f"{path} does not say which run each row comes from: give a new file to --json")
+    return content["rows"], content["runs"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pattern", action="append", help="repeatable; 2:4 and 2:4v4 unless given")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", type=Path, default=Path("build/permutation"), help="trained models are kept here")
-    parser.add_argument("--json", type=Path, required=True, help="rows that are there already are kept")
+    parser.add_argument("--json", type=Path, required=True, help="rows that are there already are kept, with their run")
     options = parser.parse_args()
     options.models.mkdir(parents=True, exist_ok=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     images, labels, test, test_labels = load_labelled_digits()
-    rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    patterns = options.pattern or ["2:4", "2:4v4"]
+    rows, runs = earlier(options.json)
+    runs.append(provenance() | {"arguments": {"patterns": patterns, "seeds": options.seeds}})
     done = {(one["model"], one["seed"], one["pattern"], one["order"]) for one in rows}
     for name, seed, labelled, load in models(options.models, options.seeds):
         wanted = [
-            (pattern, order)
-            for pattern in options.pattern or ("2:4", "2:4v4")
-            for order in ORDERS
-            if (name, seed, pattern, order) not in done
+            (pattern, order) for pattern in patterns for order in ORDERS if (name, seed, pattern, order) not in done
         ]
         if not wanted:
             continue
@@ -159,8 +172,8 @@ def main() -> None:
         dense = loss(model, held_out)
         for pattern, order in wanted:
             measured = row(model, pattern, order, calibration, held_out)
-            rows.append({"model": name, "seed": seed, "dense": dense} | measured)
-            result = {"kind": "permutation", "summary": summary(rows), "rows": rows, "provenance": provenance()}
+            rows.append({"model": name, "seed": seed, "run": len(runs) - 1, "dense": dense} | measured)
+            result = {"kind": "permutation", "summary": summary(rows), "rows": rows, "runs": runs}
             write_atomically(options.json, lambda path, result=result: path.write_text(json.dumps(result, indent=2)))
 
 
