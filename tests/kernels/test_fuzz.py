@@ -141,7 +141,7 @@ def dense(x: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
 #: The steepest slope of an activation, of GELU at 1.41; SiLU's is 1.10.
 SLOPE = 1.13
 #: Rounding errors of a float32 sum, in units of float32's epsilon times the sum of magnitudes.
-SUMMED = 2
+SUMMED = 8
 
 
 def exact(case: Case) -> tuple[Tensor, Tensor]:
