@@ -1,7 +1,7 @@
 """Choice of kernel: sparse against dense, timed in turn on tensors like the real ones, remembered on disk.
 
-Sizes of inputs are looked up by octave, so that a new batch size or resolution near a known one costs no measurement:
-see :func:`_octaves`.
+A clear verdict serves sizes near the one that it was measured at, so that a new batch size or resolution seldom costs a
+measurement: see :func:`_is_clear`.
 """
 
 import logging
