@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsedm_compile.kernels import LayerSpec, choice, get_kernel, kernel_names
+from sparsedm_compile.kernels import LayerSpec, choice, get_kernel, kernel_names, ops
 from sparsedm_compile.kernels.choice import choose
 from sparsedm_compile.kernels.reference.kernel import ReferenceKernel
 from sparsedm_compile.kernels.verdicts import VerdictStore
@@ -14,6 +15,8 @@ from sparsedm_compile.pattern import DENSE, Pattern
 
 SPEC = LayerSpec("linear", (64, 64), Pattern(2, 4))
 X = torch.empty(8, 64, device="meta")  # the values are never read
+
+CONV1D = LayerSpec("conv2d", (8, 8, 1, 3), Pattern.parse("2:4"), padding=(0, 1))  # as kernels see it
 
 
 @pytest.fixture
@@ -224,6 +227,37 @@ def test_a_real_measurement(fresh_store):
         assert verdict.ratio > 0
 
 
+class _Calls(TorchDispatchMode):
+    """The operators that were called, each with the dimensions of its first input."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sparsedm":
+            self.seen.add((func._schema.name, args[0].dim()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "called"),
+    [
+        (SPEC, X, ("sparsedm::linear", 2)),
+        (CONV1D, torch.randn(2, 8, 6), ("sparsedm::conv", 3)),
+        (CONV1D, torch.randn(2, 8, 1, 6), ("sparsedm::conv", 4)),
+    ],
+    ids=["linear", "conv1d", "conv2d"],
+)
+def test_times_what_a_compiled_model_calls(fresh_store, spec, x, called):
+    """Their cost is 10 to 20 us a call, more than that of the arithmetic of a small layer."""
+    if (refusal := get_kernel("cpu").refusal(spec)) is not None:
+        pytest.skip(refusal)
+    with _Calls() as calls:
+        choose(spec, x, True)
+    assert calls.seen == {called}
+
+
 @pytest.fixture
 def on_cuda(monkeypatch, fresh_store):
     """A GPU that runs "cuda" and "triton" on the CPU; returns the rounds that were timed and the graphs captured."""
@@ -248,7 +282,8 @@ def on_cuda(monkeypatch, fresh_store):
 
     kernels = {"cuda": OnCpu(), "triton": OnCpu()}
     monkeypatch.setattr(choice, "kernel_names", lambda: list(kernels))
-    monkeypatch.setattr(choice, "get_kernel", kernels.__getitem__)
+    for module in (choice, ops):
+        monkeypatch.setattr(module, "get_kernel", kernels.__getitem__)
     monkeypatch.setattr(choice, "paired_times", paired_times)
     monkeypatch.setattr(choice, "capture", capture)
     monkeypatch.setattr(torch, "randn", lambda *size, generator, device: torch.zeros(size))
