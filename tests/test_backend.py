@@ -591,7 +591,7 @@ def test_packed_weights_are_freed_with_the_model(x):
     compiled = torch.compile(model, backend="sparsedm", options=FORCED)
     with torch.no_grad():
         compiled(x)
-    packed = [weakref.ref(t) for form in derived_weights._entries[weight()].forms.values() for t in form]
+    packed = [weakref.ref(t) for form in derived_weights._entries[id(weight())].forms.values() for t in form]
     assert packed
     assert all(tensor() is not None for tensor in packed)
     del model, compiled
