@@ -41,7 +41,8 @@ def _linears(x: Tensor, weight: Tensor) -> Candidates:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
         return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
-    _add(candidates, "mkl packed", mkl)
+    if x.dtype == torch.float32:  # all that MKL's takes
+        _add(candidates, "mkl packed", mkl)
     _add(candidates, "onednn packed", onednn)
     return candidates
 
@@ -59,6 +60,7 @@ def _convs(spec: LayerSpec, x: Tensor, weight: Tensor) -> Candidates:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, 1, list(image.shape))
         return lambda: torch.ops.mkldnn._convolution_pointwise(image, packed, None, *sizes, 1, "none", [], "")
 
-    _add(candidates, "nchw packed", lambda: onednn(x))
-    _add(candidates, "nhwc packed", lambda: onednn(x_last))
+    if x.dtype == torch.float32:  # oneDNN's packed half precision convolutions crash the process on narrow images
+        _add(candidates, "nchw packed", lambda: onednn(x))
+        _add(candidates, "nhwc packed", lambda: onednn(x_last))
     return candidates

@@ -1,6 +1,7 @@
 """The sparse CPU kernel against the fastest of several dense ones, on every layer shape of the models on the list.
 
-    python bench/kernels_cpu.py [--minutes 5] [--only flux] [--op conv] [--batches 1,4] [--threads 1,2] [--out FILE]
+    python bench/kernels_cpu.py [--minutes 5] [--only flux] [--op conv2d] [--batches 1,4] [--threads 1,2]
+                                [--dtypes float32,bfloat16] [--out FILE]
 
 Writes results of kind "layers". A ratio is dense time over sparse time, the median over rounds that ran both in turn.
 """
@@ -9,6 +10,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -46,13 +48,23 @@ class Case:
     uses: Mapping[str, int]
     batch: int
     threads: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
-        return f"{self.shape.name}, batch {self.batch}, threads {self.threads}"
+        return f"{self.shape.name}, batch {self.batch}, threads {self.threads}, {_spelling(self.dtype)}"
 
 
-def cases(shapes: Mapping[LayerShape, Mapping[str, int]], batches: Iterable[int], threads: Iterable[int]) -> list[Case]:
+def _spelling(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cases(
+    shapes: Mapping[LayerShape, Mapping[str, int]],
+    batches: Iterable[int],
+    threads: Iterable[int],
+    dtypes: Iterable[torch.dtype] = (torch.float32,),
+) -> list[Case]:
     """Every shape at every setting. Models take turns, each with the shape first in which it spends most MACs, so that
     a limit on time leaves out what matters least.
     """
@@ -64,7 +76,8 @@ def cases(shapes: Mapping[LayerShape, Mapping[str, int]], batches: Iterable[int]
         for place, shape in enumerate(own):
             rank[shape] = min(place, rank.get(shape, place))
     ordered = sorted(shapes, key=rank.__getitem__)
-    return [Case(shape, shapes[shape], batch, n) for shape in ordered for batch in batches for n in threads]
+    settings = list(product(batches, threads, dtypes))
+    return [Case(shape, shapes[shape], *setting) for shape in ordered for setting in settings]
 
 
 def expected_seconds(case: Case, patterns: Iterable[str], gflops: float) -> float:
@@ -78,7 +91,7 @@ def relative_error(spec: LayerSpec, x: Tensor, masked: Tensor, out: Tensor) -> f
     """Largest error over largest output, of a part of the output, against float64."""
     if spec.op == "linear":
         exact = x[:_CHECKED_ROWS].double() @ masked.double().T
-        return ((out[:_CHECKED_ROWS] - exact).abs().max() / exact.abs().max()).item()
+        return ((out[:_CHECKED_ROWS].double() - exact).abs().max() / exact.abs().max()).item()
     few = masked[:_CHECKED_CHANNELS].double()
     exact = F.conv2d(x[:1].double(), few, None, spec.stride, spec.padding, spec.dilation)
     return ((out[:1, :_CHECKED_CHANNELS] - exact).abs().max() / exact.abs().max()).item()
@@ -88,13 +101,13 @@ def measure(case: Case, patterns: Iterable[str], seconds: float, gflops: float |
     """A row each pattern that the kernel takes, and why it does not take the others."""
     torch.set_num_threads(case.threads)
     kernel, shape = get_kernel("cpu"), case.shape
-    x = torch.randn(shape.input_shape(case.batch))
-    weight = torch.randn(shape.weight_shape) / math.sqrt(math.prod(shape.weight_shape[1:]))
-    dense = dense_rivals(shape.spec("dense"), x, weight)
+    x = torch.randn(shape.input_shape(case.batch)).to(case.dtype)
+    weight = (torch.randn(shape.weight_shape) / math.sqrt(math.prod(shape.weight_shape[1:]))).to(case.dtype)
+    dense = dense_rivals(shape.spec("dense", case.dtype), x, weight)
     candidates, rows, refusals = dict(dense), [], []
     with torch.inference_mode():
         for pattern in patterns:
-            spec = shape.spec(pattern)
+            spec = shape.spec(pattern, case.dtype)
             refusal = kernel.refusal(spec)
             if refusal is not None:
                 refusals.append(f"{pattern}: {refusal}")
@@ -118,6 +131,7 @@ def measure(case: Case, patterns: Iterable[str], seconds: float, gflops: float |
             "op": shape.op,
             "batch": case.batch,
             "threads": case.threads,
+            "dtype": _spelling(case.dtype),
             "input_rows": x.shape[0] if shape.op == "linear" else case.batch * math.prod(shape.size),
             "ratio": ratio,
             "spread": spread,
@@ -126,7 +140,7 @@ def measure(case: Case, patterns: Iterable[str], seconds: float, gflops: float |
             "dense_ms": dense_seconds * 1e3,
             "gflops": rate,
             "dense_gflops": flops / dense_seconds / 1e9,
-            "peak_share": rate / gflops if gflops else None,
+            "peak_share": rate / gflops if gflops and case.dtype == torch.float32 else None,
             "rounds": len(times[best]),
             "uses": dict(case.uses),
         }
@@ -152,12 +166,14 @@ def main() -> None:
     parser.add_argument("--patterns", default=",".join(PATTERNS))
     parser.add_argument("--batches", default="4,1")
     parser.add_argument("--threads", default=f"{torch.get_num_threads()},1")
+    parser.add_argument("--dtypes", default="float32")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing each layer, at most")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layers.json")
     options = parser.parse_args()
     torch.manual_seed(0)
     console, patterns = Console(), options.patterns.split(",")
     batches = [int(batch) for batch in options.batches.split(",")]
+    dtypes = [getattr(torch, name) for name in options.dtypes.split(",")]
     threads = list(dict.fromkeys(int(n) for n in options.threads.split(",")))
     shapes = {
         shape: uses
@@ -176,7 +192,7 @@ def main() -> None:
         name=lambda case: case.name,
         most=options.seconds,
     )
-    wanted, rows, left_out = cases(shapes, batches, threads), [], []
+    wanted, rows, left_out = cases(shapes, batches, threads, dtypes), [], []
     for case, seconds in track(budget.cases(wanted), "timing", total=len(wanted), console=console, transient=True):
         measured, refusals = measure(case, patterns, seconds, machine[str(case.threads)]["gflops"])
         rows += measured

@@ -37,7 +37,7 @@ class Kind:
 KINDS = {
     # One layer: the sparse CPU kernel against the fastest of the dense ones.
     "layers": Kind(
-        ("layer", "batch", "threads", "pattern"),
+        ("layer", "batch", "threads", "dtype", "pattern"),
         "ratio",
         also=("op", "input_rows", "ms", "dense", "dense_ms", "gflops", "dense_gflops", "bytes", "error", "uses"),
     ),

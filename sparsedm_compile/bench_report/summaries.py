@@ -27,10 +27,15 @@ def geometric_mean(numbers: Sequence[float], weights: Sequence[float] | None = N
 
 
 def group(row: Row) -> str:
-    """``"linear"``, ``"linear, few rows"`` or ``"conv"`` of a row of kind ``layers``."""
-    if row["op"] != "linear":
-        return "conv"
-    return "linear" if row["input_rows"] >= _FEW else f"linear, under {_FEW} rows"
+    """``"linear"``, ``"linear, under 16 rows"`` or ``"conv"`` of a row of kind ``layers``; its dtype unless float32."""
+    name = "conv"
+    if row["op"] == "linear":
+        name = "linear" if row["input_rows"] >= _FEW else f"linear, under {_FEW} rows"
+    return _with_dtype(name, row)
+
+
+def _with_dtype(name: str, row: Row) -> str:
+    return name if row["dtype"] == "float32" else f"{name}, {row['dtype']}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def summarize_models(rows: Iterable[Row]) -> list[LayersOfModel]:
     grouped: dict[tuple, list[tuple[int, Row]]] = defaultdict(list)
     for row in rows:
         for model, count in row["uses"].items():
-            grouped[model, row["pattern"], row["batch"], row["threads"]].append((count, row))
+            grouped[_with_dtype(model, row), row["pattern"], row["batch"], row["threads"]].append((count, row))
     summaries = []
     for key, members in grouped.items():
         dense = sum(count * row["dense_ms"] for count, row in members)
