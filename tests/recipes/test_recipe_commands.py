@@ -219,6 +219,17 @@ def test_models_that_do_not_fit(tmp_path, line, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "finetune", "quality"])
+def test_a_recipe_file_that_does_not_exist(tmp_path, command):
+    result = CliRunner().invoke(app, [command, "missing.toml", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert result.output == (
+        "error: recipe missing.toml does not exist; a recipe is a TOML file, or one of those that come with the "
+        "package: cifar10, digits, fashion-mnist\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_errors(made):
     result = made("finetune", "--row", "nothing")
     assert result.exit_code == 2
