@@ -156,7 +156,7 @@ def finetune(
             out of range; a pattern that no layer takes; options that exclude each other; no data; a checkpoint that is
             damaged, or of a run with another model, plan or other arguments.
         TypeError: not a module.
-        OSError: a checkpoint could not be saved; the one before is intact.
+        OSError: see :func:`train`.
         FloatingPointError: the loss is not finite; the model keeps the averaged weights of the steps before.
 
     Source: SparseDM, arXiv 2404.10445; the defaults are those of its official code, but for the two warm-ups.

@@ -92,7 +92,15 @@ class TimestepSchedule:
         for candidate in self.ranges:
             if candidate.start <= time < candidate.stop:
                 return candidate
-        raise ValueError(f"timestep {time:g} is outside of the schedule, [0, {self.ranges[-1].stop:g})")
+        last = self.ranges[-1]
+        message = f"timestep {time:g} is outside of the schedule, [0, {last.stop:g})"
+        # Only a time tells: of a process with time_scale=1, ranges within 0 and 1 are the right ones.
+        if last.stop <= 1 < time:
+            message += (
+                ": ranges are not fractions of the run but in the units that the network is called with, 0 to 999 "
+                f"unless the process says otherwise; for {last} write [{1000 * last.start:g}, {1000 * last.stop:g})"
+            )
+        raise ValueError(message)
 
     @contextmanager
     def use(self, model: nn.Module) -> Iterator[Callable[[float | Tensor], None]]:

@@ -106,7 +106,8 @@ def train(
     Raises:
         ValueError: a limit that is missing or not positive; ``batches`` is empty or ran out; a checkpoint that is
             damaged, or of another run.
-        OSError: a checkpoint could not be saved; the one before is intact.
+        OSError: checkpoints cannot be saved in ``checkpoint_dir``, which is found before the first step; or one could
+            not be saved later. The one before is intact.
         FloatingPointError: the loss or its gradient is not finite; the message names the step. The last checkpoint
             stays.
     """
@@ -131,6 +132,8 @@ def train(
         checkpoints.restore()
     start = time.perf_counter() - record.seconds
     try:
+        if checkpoints is not None and not _reached(record, steps, seconds):  # a run that is done saves nothing more
+            checkpoints.check_writable()
         with keeping_modes(model), _bar(steps, seconds, description, progress and rank_and_world()[0] == 0) as bar:
             model.train()
             _advance(bar, record, seconds)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,26 @@ class TrainingCheckpoints:
         self.step: int | None = None
         self._parts = parts
         self._settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be when read
+
+    def check_writable(self) -> None:
+        """Find out before any work, rather than at the first :meth:`save`, that nothing can be saved.
+
+        Raises:
+            OSError: the directory cannot be made, or no file in it; a checkpoint in it is intact.
+        """
+        try:
+            on_first_process(self._write_nothing)
+        except OSError as error:
+            reason = "it is a file" if self.directory.is_file() else error
+            raise OSError(
+                f"checkpoints cannot be saved in {self.directory}: {reason}; choose another directory, or make this "
+                "one writable"
+            ) from error
+
+    def _write_nothing(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.directory):
+            pass
 
     def save(self, step: int) -> None:
         """Write the state after ``step`` steps.

@@ -73,6 +73,19 @@ def test_a_time_outside_of_the_schedule():
             TimestepSchedule(SCHEDULE).at(time)
 
 
+def test_ranges_given_as_fractions_of_the_run():
+    schedule = TimestepSchedule({(0, 0.25): "dense", (0.25, 1): "2:4"})
+    assert str(schedule.at(0.5).pattern) == "2:4"  # right for a process whose times are those
+    message = (
+        r"timestep 999 is outside of the schedule, \[0, 1\): ranges are not fractions of the run but in the units that "
+        r"the network is called with, 0 to 999 unless the process says otherwise; for \[0\.25, 1\) write \[250, 1000\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        schedule.at(999)
+    with pytest.raises(ValueError, match=r"schedule, \[0, 1\)$"):
+        schedule.at(-1)
+
+
 # --- switching -----------------------------------------------------------------------------------------------------
 
 

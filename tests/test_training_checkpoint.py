@@ -307,6 +307,46 @@ class TestOfAnotherRun:
             run(steps=1, checkpoint_every=0)
 
 
+class TestDirectoryThatCannotBeWritten:
+    """Found before the model is called; it holds the weights that it would have kept from the steps before."""
+
+    def refused(self, folder, message, **options):
+        student, teacher = pair()
+        calls = []
+        student.register_forward_pre_hook(lambda *_: calls.append(1))
+        with pytest.raises(OSError, match=message):
+            run(folder, student=student, **options)
+        assert calls == []
+        return student, teacher
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_file_in_its_place(self, tmp_path, kind):
+        (tmp_path / "run").write_text("notes")
+        message = r"checkpoints cannot be saved in .*run: it is a file; choose another directory, or make this one"
+        student, teacher = self.refused(tmp_path / "run", message, **KINDS[kind])
+        assert torch.equal(student.into.weight, teacher.into.weight)
+        assert (tmp_path / "run").read_text() == "notes"
+
+    def test_a_file_above_it(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        self.refused(tmp_path / "file" / "run", r"cannot be saved in .*run: .*Not a directory")
+
+    def test_no_permission_to_go_on(self, tmp_path, monkeypatch):
+        """Refused as the system would; root, whom it lets write anywhere, may run the tests."""
+        run(tmp_path, 6)
+        before = (tmp_path / "manifest.json").read_bytes()
+        averaged, _ = run(tmp_path, 6)
+
+        def forbidden(dir):
+            raise PermissionError(13, "Permission denied", str(dir))
+
+        monkeypatch.setattr("tempfile.TemporaryFile", forbidden)
+        student, _ = self.refused(tmp_path, r"cannot be saved in .*: \[Errno 13\] Permission denied")
+        assert (tmp_path / "manifest.json").read_bytes() == before
+        assert torch.equal(student.into.weight, averaged.into.weight)
+        assert len(run(tmp_path, 6)[1].losses) == 6  # done, so that nothing need be written
+
+
 @pytest.fixture
 def small_disk():
     """``small_disk(bytes)``: the kernel refuses files that grow beyond, as it does on a full disk."""

@@ -193,10 +193,16 @@ def load_recipe(name_or_path: str) -> Recipe:
     Raises:
         ValueError: no such recipe, no TOML, an unknown or missing key, or a value out of range; the message says which
             and what is valid.
+        FileNotFoundError: the path names no file.
         OSError: the file cannot be read.
     """
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"recipe {path} does not exist; a recipe is a TOML file, or one of those that come with the package: "
+                f"{', '.join(recipe_names())}"
+            )
         text, name = path.read_text(), path.stem
     elif name_or_path in recipe_names():
         text, name = (_packaged() / f"{name_or_path}.toml").read_text(), name_or_path

@@ -71,7 +71,7 @@ class Workspace:
             ValueError: it was made by another recipe than this one.
         """
         path = self.folder / "rows" / f"{row.file}.safetensors"
-        origin = self._origin(self.recipe.finetune, row)
+        origin = self._origin(self.recipe.finetune if row.train else None, row)
         if path.exists():
             return self._load(path, data, origin)
         if not make:
@@ -90,15 +90,19 @@ class Workspace:
     def _log(self, path: Path) -> TrainingLog:
         return TensorBoardLog(path.with_suffix(".events")) if self._tensorboard else CsvLog(path.with_suffix(".csv"))
 
-    def _origin(self, training: TrainConfig, row: RowConfig | None = None) -> dict[str, Any]:
-        """What a model depends on, as JSON gives it back."""
+    def _origin(self, training: TrainConfig | None, row: RowConfig | None = None) -> dict[str, Any]:
+        """What a model depends on, as JSON gives it back; no training for a row that is only masked."""
         parts = {"data": asdict(self.recipe.data), "model": dict(self.recipe.model), "seed": self.recipe.seed}
-        parts |= {"training": asdict(training), "row": None if row is None else asdict(row)}
+        # The row first: a difference in "train" explains that of the training settings, and not the other way round.
+        parts["row"] = None if row is None else asdict(row)
+        parts["training"] = None if training is None else asdict(training)
         return json.loads(json.dumps(parts))
 
     def _load(self, path: Path, data: ImageData, origin: dict[str, Any]) -> UViT:
         made = json.loads(path.with_suffix(".json").read_text())["origin"]
         for part, value in origin.items():
+            if part == "training" and value is None:
+                continue  # files of earlier versions hold settings here that the row was never trained with
             if made[part] != value:
                 raise ValueError(
                     f"{path} was made with {part} = {made[part]}, and the recipe now says {value}: use another folder, "

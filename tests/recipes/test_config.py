@@ -74,7 +74,11 @@ def test_errors_name_the_recipe_and_what_is_wrong(tmp_path, extra, row, message)
 def test_unknown_recipe_and_row(tmp_path):
     with pytest.raises(ValueError, match="unknown recipe 'mnist'; valid are cifar10, digits, fashion-mnist"):
         load_recipe("mnist")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"missing\.toml does not exist; a recipe is a TOML file, or one of those that come with the package: "
+        r"cifar10, digits, fashion-mnist$",
+    ):
         load_recipe(str(tmp_path / "missing.toml"))
     with pytest.raises(ValueError, match="has no row 'x'; rows are 'SparseDM 2:4'"):
         load_recipe(write(tmp_path)).row("x")

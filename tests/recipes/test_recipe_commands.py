@@ -1,6 +1,7 @@
 """From data to report with a recipe so small that its figures mean nothing: what is tested is that they are made."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -203,6 +204,32 @@ def test_what_another_recipe_made_or_judged_is_refused(made, tmp_path):
     assert "was judged with samples = 40, and now it is 60" in result.output
 
 
+def test_a_row_that_is_not_trained_does_not_depend_on_the_training_settings(made, tmp_path):
+    path = made.folder / "rows" / "one-shot-2-4.json"
+    notes = json.loads(path.read_text())
+    assert notes["origin"]["training"] is None
+    recipe = RECIPE.replace("steps = 2\nbatch = 16", "steps = 9\nbatch = 8")
+    data = load_images(load_recipe(made.recipe).data, None)
+
+    def load(name, text=recipe):
+        (tmp_path / "tiny.toml").write_text(text)
+        changed = load_recipe(str(tmp_path / "tiny.toml"))
+        return Workspace(changed, made.folder).row(changed.row(name), data, make=False)
+
+    assert sparse_layers(load("one-shot 2:4"))
+    with pytest.raises(ValueError, match=r"was made with training = .*'steps': 2"):
+        load("ASP 2:4")
+    with pytest.raises(ValueError, match=r"was made with row = .*'train': False"):
+        load("one-shot 2:4", recipe.replace("train = false", "train = true"))
+    # As versions wrote it that recorded the training settings of every row.
+    earlier = notes["origin"] | {"training": asdict(load_recipe(made.recipe).finetune)}
+    try:
+        path.write_text(json.dumps(notes | {"origin": earlier}))
+        assert sparse_layers(load("one-shot 2:4"))
+    finally:
+        path.write_text(json.dumps(notes))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -216,6 +243,17 @@ def test_models_that_do_not_fit(tmp_path, line, message):
     result = CliRunner().invoke(app, ["train", str(tmp_path / "other.toml"), "--out", str(tmp_path / "run")])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "finetune", "quality"])
+def test_a_recipe_file_that_does_not_exist(tmp_path, command):
+    result = CliRunner().invoke(app, [command, "missing.toml", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert result.output == (
+        "error: recipe missing.toml does not exist; a recipe is a TOML file, or one of those that come with the "
+        "package: cifar10, digits, fashion-mnist\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
