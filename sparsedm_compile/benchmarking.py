@@ -144,8 +144,8 @@ def bench_model(
 ) -> BenchReport:
     """Time ``model`` at each pattern against Inductor and Inductor with freezing (constant folding of the weights).
 
-    All candidates are compiled first and then run in turn, one call each a round, so that a drift of the machine's
-    speed meets all alike. The model itself is left as it was; sparse copies share its weights.
+    All candidates are compiled first and then run in turn, two calls each a round of which the second is timed, so that a
+    drift of the machine's speed meets all alike and each finds the caches as it left them. The model itself is left as it was; sparse copies share its weights.
 
     Args:
         model: dense, in eval mode, with its weights loaded.
@@ -214,7 +214,7 @@ def bench_model(
                 "dense_layer_ms": layer_ms(told.layers, lambda layer: layer.dense_ms),
             }
         progress("time in turn")
-        times = paired_times(candidates, seconds=seconds, min_rounds=5, synchronize=synchronize)
+        times = paired_times(candidates, seconds=seconds, min_rounds=5, warm=True, synchronize=synchronize)
         attention = attention_ms(model, inputs, kwargs, seconds=seconds / 10)
 
     baseline = min(baselines, key=lambda dense: median(times[dense]))

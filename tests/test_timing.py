@@ -19,6 +19,14 @@ def test_candidates_run_in_turn_after_a_warm_up() -> None:
     assert calls[4:] != ["a", "b"] * 4  # the order within a round changes
 
 
+def test_warm_calls_come_right_before_the_timed_ones() -> None:
+    calls: list[str] = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = paired_times(candidates, seconds=0, min_rounds=2, warm=True)
+    assert calls == ["a", "a", "b", "b", *"aabb", *"bbaa"]
+    assert {name: len(rounds) for name, rounds in times.items()} == {"a": 2, "b": 2}
+
+
 def test_the_budget_ends_the_rounds() -> None:
     start = time.perf_counter()
     times = paired_times({"nap": lambda: time.sleep(0.01)}, seconds=0.1)

@@ -4,6 +4,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <array>
 
 #include "pack.h"
@@ -14,6 +18,21 @@ namespace sparsedm {
 namespace {
 
 using at::Tensor;
+
+// The C library takes large tensors from the system anew at each call, to be faulted in by pages of 4 KB. In pages of 2 MB,
+// 640 -> 640 at 16,384 tokens takes 20.6 ms in place of 32.8 at 1:4v4, and 1152 -> 1152 takes 107 in place of 124 at 2:4v4.
+Tensor empty_on_huge_pages(at::IntArrayRef shape, const at::TensorOptions& options, at::MemoryFormat format) {
+  Tensor out = at::empty(shape, options, format);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20, kFromSystem = 32 << 20;  // glibc serves no more than that from its heap
+  if (out.nbytes() >= kFromSystem) {
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) / kHuge * kHuge;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal costs nothing
+  }
+#endif
+  return out;
+}
 
 // Calls `function` with an element of this type.
 template <class Function>
@@ -114,7 +133,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::In
   TORCH_CHECK_VALUE(!gated || layout.out % (2 * kUnit) == 0, "activation: geglu needs a multiple of ", 2 * kUnit,
                     " output channels, got ", layout.out);
   shape.back() = gated ? layout.out / 2 : layout.out;
-  Tensor out = at::empty(shape, x.options(), at::MemoryFormat::Contiguous);
+  Tensor out = empty_on_huge_pages(shape, x.options(), at::MemoryFormat::Contiguous);
   const Tensor addend = residual_like(residual, out, at::MemoryFormat::Contiguous);
   if (rows.size(0) == 0) return out;
   const Tensor start = bias_or_zero(bias, layout, x);
@@ -160,7 +179,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
   const Tensor image = x.contiguous(format);
   std::vector<int64_t> shape = {x.size(0), layout.out, window.z.out(), window.y.out(), window.x.out()};
   if (rank == 4) shape.erase(shape.begin() + 2);
-  Tensor out = at::empty(shape, x.options(), format);
+  Tensor out = empty_on_huge_pages(shape, x.options(), format);
   const Tensor addend = residual_like(residual, out, format);
   if (out.numel() == 0) return out;
   const Tensor start = bias_or_zero(bias, layout, x);
@@ -172,7 +191,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
       planes.data = image.const_data_ptr<T>();
       planes.end = planes.data + image.numel();
     } else {
-      padded = at::empty({planes.size() + planes.kPiece}, x.options(), at::MemoryFormat::Contiguous);
+      padded = empty_on_huge_pages({planes.size() + planes.kPiece}, x.options(), at::MemoryFormat::Contiguous);
       const auto split = channels_last ? split_channels_last<T> : split_channel_major<T>;
       split(planes, image.const_data_ptr<T>(), padded.mutable_data_ptr<T>());
       planes.data = padded.const_data_ptr<T>();

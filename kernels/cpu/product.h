@@ -125,6 +125,15 @@ inline void multiply(Accumulators<all, registers, step>& sum, int first, const S
   }
 }
 
+// Weights stream by once per panel, in order. The processor foresees that within a page alone, and a group of channels takes
+// little longer than memory to answer: so each group calls for what comes `kAhead` bytes later, as much as it uses itself.
+constexpr int64_t kAhead = 4096;
+
+inline void call_for(const void* next, int64_t bytes) {
+  const char* line = static_cast<const char*>(next) + kAhead;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+}
+
 template <class T, int channels, int registers>
 void multiply_groups(const Block<T>& block) {
   using Panel = typename PanelOf<T>::type;
@@ -143,6 +152,8 @@ void multiply_groups(const Block<T>& block) {
       bias[c] = block.bias + g * channels + c;
     }
     start(sum, old, bias, block.bias != nullptr);
+    call_for(values, block.slots * channels * sizeof(T));
+    call_for(index, block.slots * sizeof(*index));
 #pragma GCC unroll 2
     for (int64_t i = 0; i < block.slots; i += Size::step)
       multiply<channels>(sum, 0, Step<Panel>(block.panel, index + i), values + i * channels);
@@ -169,6 +180,8 @@ void multiply_pairs(const Block<T>& block) {
     const float* const old[2] = {rows[0], rows[1]};
     const float* const bias[2] = {block.bias + index[1], block.bias + index[3]};
     start(sum, old, bias, block.bias != nullptr);
+    call_for(values, block.slots * 2 * sizeof(T));
+    call_for(index, block.slots * 2 * sizeof(*index));
     index += Layout::kHeader;
 #pragma GCC unroll 2
     for (int64_t i = 0; i < shared; i += Size::step)

@@ -243,6 +243,23 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
     assert equal_bits(out, torch.tensor([math.inf, -math.inf, math.nan, math.inf], dtype=dtype)[:, None].expand(4, 8))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_outputs_that_the_system_gives_page_by_page(channels_last: bool) -> None:
+    """Beyond 32 MB memory comes from the system, on huge pages where it has them: odd sizes, every element written."""
+    spec = LayerSpec("conv2d", (64, 8, 1, 1), Pattern(2, 4))
+    weight = seeded(64, 8, 1, 1)
+    x = seeded(1, 8, 367, 391, seed=3)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    out = KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, Epilogue())
+    assert out.nbytes > 32 << 20
+    assert_close(out, F.conv2d(x.double(), (weight * magnitude_mask(weight, spec.pattern)).double()))
+    x = x[0].permute(1, 2, 0)
+    spec = LayerSpec("linear", (64, 8), Pattern(2, 4))
+    out = KERNEL.linear(x, *KERNEL.pack(weight.flatten(1), spec), spec, Epilogue())
+    assert_close(out, x.double() @ (weight.flatten(1) * magnitude_mask(weight.flatten(1), spec.pattern)).double().T)
+
+
 def test_no_tokens() -> None:
     spec = LayerSpec("linear", (8, 8), Pattern(2, 4))
     assert KERNEL.linear(torch.empty(0, 8), *KERNEL.pack(seeded(8, 8), spec), spec, Epilogue()).shape == (0, 8)
