@@ -144,8 +144,9 @@ def bench_model(
 ) -> BenchReport:
     """Time ``model`` at each pattern against Inductor and Inductor with freezing (constant folding of the weights).
 
-    All candidates are compiled first and then run in turn, two calls each a round of which the second is timed, so that a
-    drift of the machine's speed meets all alike and each finds the caches as it left them. The model itself is left as it was; sparse copies share its weights.
+    All candidates are compiled first and then run in turn, two calls each a round of which the second is timed, so that
+    a drift of the machine's speed meets all alike and each finds the caches as it left them. The model itself is left
+    as it was; sparse copies share its weights.
 
     Args:
         model: dense, in eval mode, with its weights loaded.
