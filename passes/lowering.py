@@ -37,6 +37,18 @@ class LayerNode:
     dense_reason: str = ""
     verdict: Verdict | None = None
 
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """What the kernel does behind the product, beside the bias: an activation's name, ``"residual"``."""
+        activation, residual = (self.node.kwargs.get(name) for name in ("activation", "residual"))
+        return (*([activation] if activation else []), *(["residual"] if residual is not None else []))
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of the example; a size that is a symbol by its hint."""
+        value = self.node.meta.get("example_value")
+        return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)
+
 
 @dataclass(frozen=True)
 class DerivedInput:

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sparsedm_compile.bench_report.waterfall import attention_ms, layer_ms, ran_ms
+from sparsedm_compile.bench_report.waterfall import attention_ms, fused_ms, layer_ms, ran_ms
 from sparsedm_compile.explain import explain
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.macs import count_macs
@@ -50,6 +50,7 @@ class PatternBench:
         layer_ms: ``"linear"`` and ``"conv"`` -> milliseconds of those layers, as measured when their kernels were
             chosen (see :func:`explain`): of the kernels that ran.
         dense_layer_ms: the same of the fastest dense kernels.
+        fused_ms: of the activations and residuals that kernels applied, as operators of their own.
     """
 
     pattern: str
@@ -64,6 +65,7 @@ class PatternBench:
     compile_seconds: float
     layer_ms: dict[str, float]
     dense_layer_ms: dict[str, float]
+    fused_ms: float
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ def bench_model(
                 "compile_seconds": elapsed,
                 "layer_ms": layer_ms(told.layers, ran_ms),
                 "dense_layer_ms": layer_ms(told.layers, lambda layer: layer.dense_ms),
+                "fused_ms": fused_ms(told.layers, next(model.parameters())),
             }
         progress("time in turn")
         times = paired_times(candidates, seconds=seconds, min_rounds=5, warm=True, synchronize=synchronize)

@@ -30,6 +30,9 @@ class LayerReport:
         sparse_ms, dense_ms: measured milliseconds of one call of the fastest kernel of each kind; None where not
             measured. An input of like size may have been timed: ``reason`` names its shape.
         reason: why this kernel, or why dense.
+        fused: what the kernel also does, beside the bias: an activation (``"gelu"``, ``"gelu_tanh"``, ``"silu"``,
+            ``"geglu"``), ``"residual"``. Neither time contains it.
+        output_shape: of the call that the times are of; empty where nothing is fused.
     """
 
     name: str
@@ -40,6 +43,8 @@ class LayerReport:
     sparse_ms: float | None
     dense_ms: float | None
     reason: str
+    fused: tuple[str, ...] = ()
+    output_shape: tuple[int, ...] = ()
 
     @property
     def ran_sparse(self) -> bool:
@@ -88,7 +93,7 @@ class Explanation(RichText):
                 layer.kind,
                 " x ".join(map(str, layer.weight_shape)),
                 layer.pattern,
-                layer.kernel,
+                " + ".join((layer.kernel, *layer.fused)),
                 milliseconds(layer.sparse_ms),
                 milliseconds(layer.dense_ms),
                 layer.reason,
@@ -170,6 +175,8 @@ def _explanation(model: nn.Module, calls: list[tuple[CompiledGraph, tuple]]) -> 
                 _ms(verdict.sparse_seconds if verdict else None),
                 _ms(verdict.dense_seconds if verdict else None),
                 reason,
+                layer.fused if layer is not None else (),
+                layer.output_shape if layer is not None and layer.fused else (),
             )
         )
     modes = {"inference" if graph.inference else "training" for graph, _ in calls}

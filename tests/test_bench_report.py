@@ -22,7 +22,7 @@ from sparsedm_compile.bench_report import (
 )
 from sparsedm_compile.bench_report.results import read_folder
 from sparsedm_compile.bench_report.summaries import geometric_mean, summarize_layers, summarize_models
-from sparsedm_compile.bench_report.waterfall import attention_ms, layer_ms, ran_ms, waterfall
+from sparsedm_compile.bench_report.waterfall import attention_ms, fused_ms, layer_ms, ran_ms, waterfall
 from sparsedm_compile.cli import app
 from sparsedm_compile.explain import LayerReport
 
@@ -388,6 +388,29 @@ class TestWaterfall:
         assert attention_ms(Net(), (torch.randn(3, 6, 16),), {}) == pytest.approx(2 * 1.0 + 10.0)
         assert sorted(shape for shape, _ in seen) == [(3, 2, 4, 8), (3, 2, 6, 8)]
         assert attention_ms(nn.Linear(8, 8), (torch.randn(2, 8),), {}) == 0.0
+
+    def test_what_kernels_apply_is_timed_as_operators_of_their_own(self, monkeypatch):
+        ran = []
+
+        def timed(candidates, **_):
+            out = candidates[""]()
+            ran.append((tuple(out.shape), out.dtype))
+            return {"": [0.001 * out.shape[-1]]}
+
+        monkeypatch.setattr("sparsedm_compile.bench_report.waterfall.paired_times", timed)
+
+        def report(fused, *shape):
+            return LayerReport("a", "linear", (8, 8), "2:4", "cpu", 1.0, 2.0, "", fused, shape)
+
+        layers = [
+            report(("gelu", "residual"), 2, 3),
+            report(("gelu",), 2, 3),
+            report(("geglu",), 2, 5),
+            report(()),
+        ]
+        assert fused_ms(layers, torch.empty(1, dtype=torch.bfloat16)) == pytest.approx(3 + 3 + 3 + 5)
+        assert sorted(ran) == [((2, 3), torch.bfloat16)] * 2 + [((2, 5), torch.bfloat16)]
+        assert fused_ms([report(())], torch.empty(1)) == 0.0
 
 
 class TestCommands:

@@ -72,6 +72,17 @@ def test_each_layer_says_what_ran_and_why(report, name, pattern, kernel, reason)
     assert reason in layer.reason
 
 
+def test_names_what_the_kernel_does_beside_the_product(image):
+    model = torch.compile(sparse_net(), backend="sparsedm", options=FORCED)
+    found = sdm.explain(model, image)
+    fused = {layer.name: (layer.fused, layer.output_shape) for layer in found.layers}
+    if found["conv"].kernel == "cpu":
+        assert fused["conv"] == (("silu",), (3, 64, 8, 8))
+        assert fused["fc1"] == (("gelu",), (3, 128))
+        assert "cpu + silu" in str(found)
+    assert fused["odd"] == fused["grouped"] == ((), ())
+
+
 def test_table(report):
     text = str(report)
     for word in ("explain", "2 of 6 layers ran a sparse kernel", "1 graph(s), inference", "not run", *NAMES):

@@ -179,7 +179,8 @@ def _agreement(rows: Sequence[Row]) -> list[str]:
         lines.append([row["title"], row["pattern"], _ms(row["ms"]), _ms(row["explained_ms"]), f"{off:+.0%}", verdict])
     header = ["model", "pattern", "measured", "explained", "off", f"{_AGREEMENT:.0%}"]
     return [
-        "Explained: the dense total, with each layer's dense time replaced by that of the kernel that ran it.",
+        "Explained: the dense total, with each layer's dense time replaced by that of the kernel that ran it, less the "
+        "activations and residuals that this kernel applies.",
         table(header, lines),
     ]
 

@@ -43,7 +43,8 @@ def model_results(report: BenchReport, case: str, title: str) -> Results:
                 "dense": waterfall(dense_ms, one.dense_layer_ms, report.attention_ms),
                 "sparse": waterfall(one.ms, one.layer_ms, report.attention_ms),
             },
-            "explained_ms": dense_ms - sum(one.dense_layer_ms.values()) + sum(one.layer_ms.values()),
+            "fused_ms": one.fused_ms,
+            "explained_ms": dense_ms - sum(one.dense_layer_ms.values()) - one.fused_ms + sum(one.layer_ms.values()),
         }
         rows.append(row)
     return Results("models", rows, report.provenance)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -84,6 +85,35 @@ def layer_ms(layers: Iterable[LayerReport], time: Callable[[LayerReport], float 
 def ran_ms(layer: LayerReport) -> float | None:
     """The time of the kernel that ran the layer."""
     return layer.sparse_ms if layer.ran_sparse else layer.dense_ms
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "geglu": lambda x: x * F.gelu(x),
+}
+
+
+def fused_ms(layers: Iterable[LayerReport], like: Tensor, *, seconds: float = 1.0) -> float:
+    """Milliseconds of the activations and residuals that kernels apply, each timed alone as an operator of its own.
+
+    Dense spends them outside of its layers, so they are part of what sparse saves.
+
+    Args:
+        like: a tensor of the dtype and device of the layers.
+        seconds: of timing, for all different ones together.
+    """
+    calls = Counter((name, layer.output_shape) for layer in layers for name in layer.fused)
+    synchronize = torch.cuda.synchronize if like.is_cuda else None
+    total = 0.0
+    with torch.no_grad():
+        for (name, shape), count in calls.items():
+            x, other = (torch.randn(shape, device=like.device).to(like.dtype) for _ in range(2))
+            run = partial(torch.add, x, other) if name == "residual" else partial(_ACTIVATIONS[name], x)
+            times = paired_times({"": run}, seconds=seconds / len(calls), synchronize=synchronize)
+            total += count * median(times[""]) * 1e3
+    return total
 
 
 def waterfall(total_ms: float, layers: Mapping[str, float], attention: float) -> dict[str, float]:
