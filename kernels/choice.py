@@ -143,10 +143,11 @@ def _measure(
         weight = random(*spec.weight_shape) / math.sqrt(math.prod(spec.weight_shape[1:]))
         bias = random(spec.weight_shape[0]) if has_bias else None
         masked = weight if spec.pattern.is_dense else mask_out(weight, str(spec.pattern))
+        dense = masked.squeeze(2) if flat else masked
         constants = (str(spec.pattern), spec.weight_shape)
         if spec.op != "linear":
             constants += (spec.stride, spec.padding, spec.dilation, spec.groups)
-        candidates: dict[str, Callable[[], Tensor]] = {_NATIVE: lambda: _native(x, masked, bias, spec)}
+        candidates: dict[str, Callable[[], Tensor]] = {_NATIVE: lambda: _native(x, dense, bias, spec)}
         for name in able:
             candidates[name] = partial(_operator(spec), x, *get_kernel(name).pack(weight, spec), name, *constants, bias)
         if spec.device == "cuda":
@@ -206,7 +207,7 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> 
     if spec.op == "linear":
         return F.linear(x, weight, bias)
     if spec.op == "conv2d" and x.dim() == 3:
-        return _native(x.unsqueeze(2), weight, bias, spec).squeeze(2)
+        return F.conv1d(x, weight, bias, spec.stride[1:], spec.padding[1:], spec.dilation[1:], spec.groups)
     convolve = F.conv2d if spec.op == "conv2d" else F.conv3d
     return convolve(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
 

@@ -45,8 +45,10 @@ class LayerNode:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Of the example; a size that is a symbol by its hint."""
+        """Of the example that the graph was compiled for; empty where a size is unknown until it runs."""
         value = self.node.meta.get("example_value")
+        if not isinstance(value, Tensor) or not all(isinstance(s, int) or s.node.has_hint() for s in value.shape):
+            return ()
         return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)
 
 

@@ -32,7 +32,7 @@ class LayerReport:
         reason: why this kernel, or why dense.
         fused: what the kernel also does, beside the bias: an activation (``"gelu"``, ``"gelu_tanh"``, ``"silu"``,
             ``"geglu"``), ``"residual"``. Neither time contains it.
-        output_shape: of the call that the times are of; empty where nothing is fused.
+        output_shape: of the input that the graph was compiled for; empty where nothing is fused or a size is unknown.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparsedm_compile.bench_report.model_results import model_results
@@ -19,7 +20,7 @@ class Net(nn.Module):
 
     def forward(self, x, *, scale=1.0):
         x = self.conv(x).flatten(2).transpose(1, 2)
-        return {"y": self.out(torch.relu(self.linear(x))) * scale}
+        return {"y": self.out(F.gelu(self.linear(x))) * scale}
 
 
 @pytest.fixture(scope="module")

@@ -98,13 +98,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def fused_ms(layers: Iterable[LayerReport], like: Tensor, *, seconds: float = 1.0) -> float:
     """Milliseconds of the activations and residuals that kernels apply, each timed alone as an operator of its own.
 
-    Dense spends them outside of its layers, so they are part of what sparse saves.
+    Dense spends them outside of its layers, so they are part of what sparse saves; at most this much, as Inductor may
+    do them on the way of something else.
 
     Args:
         like: a tensor of the dtype and device of the layers.
         seconds: of timing, for all different ones together.
     """
-    calls = Counter((name, layer.output_shape) for layer in layers for name in layer.fused)
+    calls = Counter((name, layer.output_shape) for layer in layers if layer.output_shape for name in layer.fused)
     synchronize = torch.cuda.synchronize if like.is_cuda else None
     total = 0.0
     with torch.no_grad():
