@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,17 @@ class Workspace:
         return TensorBoardLog(path.with_suffix(".events")) if self._tensorboard else CsvLog(path.with_suffix(".csv"))
 
     def _origin(self, training: TrainConfig | None, row: RowConfig | None = None) -> dict[str, Any]:
-        """What a model depends on, as JSON gives it back; no training for a row that is only masked."""
+        """What a model depends on, as JSON gives it back; no training for a row that is only masked.
+
+        A row also depends on the dense model that it was made from, which may have been trained anew since.
+        """
         parts = {"data": asdict(self.recipe.data), "model": dict(self.recipe.model), "seed": self.recipe.seed}
         # The row first: a difference in "train" explains that of the training settings, and not the other way round.
         parts["row"] = None if row is None else asdict(row)
         parts["training"] = None if training is None else asdict(training)
+        dense = self.folder / "dense.safetensors"
+        if row is not None and dense.exists():
+            parts["sha256 of dense.safetensors"] = sha256(dense.read_bytes()).hexdigest()
         return json.loads(json.dumps(parts))
 
     def _load(self, path: Path, data: ImageData, origin: dict[str, Any]) -> UViT:
@@ -103,9 +110,11 @@ class Workspace:
         for part, value in origin.items():
             if part == "training" and value is None:
                 continue  # files of earlier versions hold settings here that the row was never trained with
+            if part not in made:
+                continue  # earlier versions did not note the dense model
             if made[part] != value:
                 raise ValueError(
-                    f"{path} was made with {part} = {made[part]}, and the recipe now says {value}: use another folder, "
+                    f"{path} was made with {part} = {made[part]}, and now it is {value}: use another folder, "
                     "or delete the file to make it anew"
                 )
         model = create_model(self.recipe, data)

@@ -1,6 +1,7 @@
 """From data to report with a recipe so small that its figures mean nothing: what is tested is that they are made."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -202,6 +203,23 @@ def test_what_another_recipe_made_or_judged_is_refused(made, tmp_path):
     result = CliRunner().invoke(app, ["quality", str(changed), "--out", str(made.folder), "--row", "dense"])
     assert result.exit_code == 2
     assert "was judged with samples = 40, and now it is 60" in result.output
+
+
+def test_rows_of_another_dense_model_are_refused(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made.folder, run)
+    recipe = load_recipe(made.recipe)
+    data, row = load_images(recipe.data, None), recipe.row("one-shot 2:4")
+    Workspace(recipe, run).row(row, data, make=False)
+    dense = run / "dense.safetensors"
+    dense.write_bytes(dense.read_bytes()[:-1] + b"\x3f")  # as if trained anew
+    with pytest.raises(ValueError, match=r"was made with sha256 of dense.safetensors = [0-9a-f]{64}, and now it is"):
+        Workspace(recipe, run).row(row, data, make=False)
+    path = run / "rows" / "one-shot-2-4.json"
+    notes = json.loads(path.read_text())
+    del notes["origin"]["sha256 of dense.safetensors"]  # as earlier versions left it
+    path.write_text(json.dumps(notes))
+    assert sparse_layers(Workspace(recipe, run).row(row, data, make=False))
 
 
 def test_a_row_that_is_not_trained_does_not_depend_on_the_training_settings(made, tmp_path):
