@@ -6,6 +6,7 @@ Writes results of kind "scaling" (two blocks of a U-ViT, so that a point takes s
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from torch import nn
 
 import sparsedm_compile.kernels.ops  # noqa: F401  (registers the operators)
 from sparsedm_compile import pack, sparsify
@@ -120,6 +122,26 @@ def overhead() -> Iterator[Row]:
         yield _cost("a call", f"{name} 32->32 @1", [seconds / count * 1e6 for seconds in runs], "us")
 
 
+def small_model() -> Iterator[Row]:
+    """A model so small that what the backend does around its layers is most of it: guards, looking up weights."""
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.GELU()))).eval()
+    sparse, x = copy.deepcopy(model), torch.randn(4, 16)
+    sparsify(sparse, "2:4", policy="all")
+    compiled = {"inductor": torch.compile(model), "sparsedm": torch.compile(sparse, backend="sparsedm")}
+    count = 20
+
+    def repeat(run: Callable[..., Any]) -> None:
+        for _ in range(count):
+            run(x)
+
+    with torch.no_grad():
+        times = paired_times({name: partial(repeat, run) for name, run in compiled.items()}, seconds=2.0)
+    for name, runs in times.items():
+        yield _cost(
+            "a call of a model", f"{name}, 8 linears 16->16 @4", [seconds / count * 1e6 for seconds in runs], "us"
+        )
+
+
 def first_calls() -> Iterator[Row]:
     """U-ViT-S/2 compiled with nothing cached, and once more with what the first run left behind."""
     for backend in ("inductor", "sparsedm"):
@@ -170,7 +192,7 @@ def main() -> None:
         write_results(options.out / "scaling.json", Results("scaling", rows))
     if "costs" in chosen:
         with console.status("costs"):
-            costs = [*overhead(), *packing(options.pack), *first_calls()]
+            costs = [*overhead(), *small_model(), *packing(options.pack), *first_calls()]
         write_results(options.out / "costs.json", Results("costs", costs))
 
 

@@ -50,7 +50,7 @@ class TimestepSchedule:
     one graph for each range, so that switching back recompiles nothing.
 
     Args:
-        ranges: ``(start, stop)`` -> patterns. Ranges are half-open, in the units of the times passed here
+        ranges: ``(start, stop)`` -> patterns. Ranges are half-open, in the units that the network is called with
             (``VPSDE.time_scale * t``, 0 to 999), in any order. They must start at 0 and leave no gap. Patterns are a
             pattern for every layer that :func:`sparsify` selected, rules (layer -> pattern; what no rule names is
             dense), or a plan, such as that of :func:`plan_for`.

@@ -1,5 +1,7 @@
 """bench_model: what it reports, and that it leaves the model alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,8 @@ def test_results_have_a_row_a_pattern_whose_parts_add_up(bench):
         assert sum(row["waterfall"]["sparse"].values()) == pytest.approx(row["ms"])
         saved = sum(one.dense_layer_ms.values()) - sum(one.layer_ms.values()) + one.fused_ms
         assert row["dense_ms"] - row["explained_ms"] == pytest.approx(saved)
+        (fusing,) = model_results(replace(report, patterns=(replace(one, fused_ms=3.0),)), "net", "Net").rows
+        assert row["explained_ms"] - fusing["explained_ms"] == pytest.approx(3.0 - one.fused_ms)
         assert one.dense_layer_ms["conv"] > 0
         assert one.dense_layer_ms["linear"] > 0
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsedm_compile as sdm
-from sparsedm_compile.kernels import choice
+from sparsedm_compile.kernels import LayerSpec, choice, get_kernel
 from sparsedm_compile.kernels.verdicts import VerdictStore
+from sparsedm_compile.pattern import Pattern
 
 FORCED = {"kernel": "cpu"}
 
@@ -73,14 +74,33 @@ def test_each_layer_says_what_ran_and_why(report, name, pattern, kernel, reason)
 
 
 def test_names_what_the_kernel_does_beside_the_product(image):
+    if (refusal := get_kernel("cpu").refusal(LayerSpec("linear", (64, 64), Pattern(2, 4)))) is not None:
+        pytest.skip(refusal)
     model = torch.compile(sparse_net(), backend="sparsedm", options=FORCED)
     found = sdm.explain(model, image)
     fused = {layer.name: (layer.fused, layer.output_shape) for layer in found.layers}
-    if found["conv"].kernel == "cpu":
-        assert fused["conv"] == (("silu",), (3, 64, 8, 8))
-        assert fused["fc1"] == (("gelu",), (3, 128))
-        assert "cpu + silu" in str(found)
+    assert fused["conv"] == (("silu",), (3, 64, 8, 8))
+    assert fused["fc1"] == (("gelu",), (3, 128))
+    assert "cpu + silu" in str(found)
     assert fused["odd"] == fused["grouped"] == ((), ())
+
+
+def test_names_a_residual_behind_an_activation():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return x + F.silu(self.linear(x))
+
+    if (refusal := get_kernel("cpu").refusal(LayerSpec("linear", (64, 64), Pattern(2, 4)))) is not None:
+        pytest.skip(refusal)
+    model = Residual().eval()
+    sdm.sparsify(model, "2:4", policy="all")
+    found = sdm.explain(torch.compile(model, backend="sparsedm", options=FORCED), torch.randn(5, 64))
+    assert found["linear"].fused == ("silu", "residual")
+    assert found["linear"].output_shape == (5, 64)
 
 
 def test_table(report):

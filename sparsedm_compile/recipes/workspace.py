@@ -110,9 +110,7 @@ class Workspace:
         for part, value in origin.items():
             if part == "training" and value is None:
                 continue  # files of earlier versions hold settings here that the row was never trained with
-            if part not in made:
-                continue  # earlier versions did not note the dense model
-            if made[part] != value:
+            if made.get(part, value) != value:  # earlier versions did not note the dense model
                 raise ValueError(
                     f"{path} was made with {part} = {made[part]}, and now it is {value}: use another folder, "
                     "or delete the file to make it anew"
