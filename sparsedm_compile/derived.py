@@ -42,7 +42,7 @@ class DerivedWeights:
 
     Entries die with their weight. Thread-safe: each form is built once, under a lock.
 
-    A model of small layers feels what a look-up costs: three microseconds a weight here, six by way of
+    A model of small layers feels what a look-up costs (``bench/scaling.py --only costs``), and twice as much by way of
     ``WeakTensorKeyDictionary`` and a ``detach`` of each weight.
     """
 

@@ -25,8 +25,7 @@ def paired_times(
         min_rounds: run at least so many rounds, whatever the budget.
         max_rounds: run at most so many.
         warm: call each once, untimed, right before every timed call. A model is called step after step in sampling and
-            finds in the caches what its own last call left there, not what another model did: of six models in turn,
-            sparse ones, which leave most of their weights there, took up to 10 % longer than alone.
+            finds in the caches what its own last call left there, not what another model did.
         synchronize: called before every clock reading, for asynchronous devices (``torch.cuda.synchronize``).
 
     Returns:

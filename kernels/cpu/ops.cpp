@@ -20,7 +20,7 @@ namespace {
 using at::Tensor;
 
 // The C library takes large tensors from the system anew at each call, to be faulted in by pages of 4 KB. In pages of 2 MB,
-// 640 -> 640 at 16,384 tokens takes 20.6 ms in place of 32.8 at 1:4v4, and 1152 -> 1152 takes 107 in place of 124 at 2:4v4.
+// 640 -> 640 at 16,384 tokens takes 21 ms in place of 33 at 1:4v4, 36 in place of 48 at 2:4v4 (docs/performance.md).
 Tensor empty_on_huge_pages(at::IntArrayRef shape, const at::TensorOptions& options, at::MemoryFormat format) {
   Tensor out = at::empty(shape, options, format);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
