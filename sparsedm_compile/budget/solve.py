@@ -62,13 +62,13 @@ def solve(damages: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bu
     owner = np.repeat(np.arange(len(extra)), [len(options) for options in extra])
     starts = np.searchsorted(owner, np.arange(1, len(extra)))
     weights = np.array([damage for options in damages for damage in options], np.float64)
-    scale = _LARGEST_DAMAGE / weights.max() if weights.any() else 1.0
+    largest = weights.max() or 1.0
     one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     sizes = np.array([[cost // unit for options in extra for cost in options]], np.float64)
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes, ub=spare // unit)]
     while True:
         result = milp(
-            weights * scale,
+            weights / largest * _LARGEST_DAMAGE,  # in this order: a quotient of the two overflows for the least damages
             integrality=np.ones(len(owner)),
             bounds=Bounds(0, 1),
             constraints=constraints,
@@ -80,6 +80,6 @@ def solve(damages: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bu
         spent = [options[k] for options, k in zip(extra, chosen, strict=True)]
         if sum(spent) <= spare:
             damage = fsum(options[k] for options, k in zip(damages, chosen, strict=True))
-            return Solution(chosen, damage, min(damage, float(result.mip_dual_bound / scale)))
+            return Solution(chosen, damage, min(damage, float(result.mip_dual_bound / _LARGEST_DAMAGE * largest)))
         as_costly = [cost >= spent[i] for i, options in enumerate(extra) for cost in options]
         constraints.append(LinearConstraint(np.array([as_costly], np.float64), ub=len(extra) - 1))

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsedm_compile.budget.solve import solve
@@ -29,6 +29,8 @@ def instances(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(instances())
+@example(([[5e-324]], [[0]], 0))  # the least number above 0: scaled up, it is still finite
+@example(([[0.0, 0.0]], [[1, 0]], 1))
 def test_finds_what_trying_every_plan_finds(instance):
     damages, costs, budget = instance
     solution = solve(damages, costs, budget)
