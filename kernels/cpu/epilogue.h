@@ -50,7 +50,7 @@ inline void apply_gates(float* values, float* gates, int64_t size) {
   for (int64_t i = 0; i < size; i += kWidth) store(values + i, load(values + i) * load(gates + i));
 }
 
-// A panel of finished sums: out[channel - channel0][token - token0], rows `stride` floats apart.
+// Finished sums of a run of tokens: data[channel - channel0][token - token0], rows `stride` floats apart.
 struct Sums {
   const float* data;
   int64_t stride;

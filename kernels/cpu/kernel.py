@@ -54,11 +54,13 @@ class CpuKernel(Kernel):
         Raises:
             ValueError: the weight holds NaN.
         """
-        return torch.ops.sparsedm_cpu.pack(weight.detach(), *_numbers(spec))
+        return torch.ops.sparsedm_cpu.pack(weight.detach(), *_numbers(spec), *_reach(spec))
 
     def empty_packed(self, spec: LayerSpec, device: torch.device) -> tuple[Tensor, Tensor]:
         """See :meth:`Kernel.empty_packed`."""
-        values, index = torch.ops.sparsedm_cpu.packed_sizes(spec.weight_shape, *_numbers(spec), spec.dtype)
+        values, index = torch.ops.sparsedm_cpu.packed_sizes(
+            spec.weight_shape, *_numbers(spec), *_reach(spec), spec.dtype
+        )
         return (
             torch.empty(values, dtype=spec.dtype, device=device),
             torch.empty(index, dtype=torch.int16, device=device),
@@ -66,7 +68,7 @@ class CpuKernel(Kernel):
 
     def unpack(self, values: Tensor, index: Tensor, spec: LayerSpec) -> Tensor:
         """See :meth:`Kernel.unpack`."""
-        return torch.ops.sparsedm_cpu.unpack(values, index, spec.weight_shape, *_numbers(spec))
+        return torch.ops.sparsedm_cpu.unpack(values, index, spec.weight_shape, *_numbers(spec), *_reach(spec))
 
     def linear(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         """See :meth:`Kernel.linear`.
@@ -108,3 +110,8 @@ class CpuKernel(Kernel):
 
 def _numbers(spec: LayerSpec) -> tuple[int, int, int]:
     return spec.pattern.n, spec.pattern.m, spec.pattern.v
+
+
+def _reach(spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Stride and dilation, on which a packed convolution depends: taps that read neighbouring rows share them."""
+    return ((), ()) if spec.op == "linear" else (spec.stride, spec.dilation)

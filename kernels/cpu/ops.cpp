@@ -49,13 +49,22 @@ const char* name_of(at::ScalarType dtype) {
   return dtype == at::kFloat ? "float32" : dtype == at::kBFloat16 ? "bfloat16" : "float16";
 }
 
-Layout layout_of(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v, at::ScalarType dtype) {
-  int64_t taps = 1;
-  for (size_t i = 2; i < weight_shape.size(); ++i) taps *= weight_shape[i];
+// Of a linear layer, which has neither stride nor dilation, or of a convolution of two or three dimensions.
+Layout layout_of(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v, at::IntArrayRef stride,
+                 at::IntArrayRef dilation, at::ScalarType dtype) {
+  const size_t dims = weight_shape.size() - 2;
+  TORCH_CHECK_VALUE(stride.size() == dims && dilation.size() == dims, "stride ", stride, " and dilation ", dilation,
+                    ": want ", dims, " numbers each for a weight of shape ", weight_shape);
+  KernelAxes axes;
+  for (size_t d = 0; d < dims; ++d) {
+    TORCH_CHECK_VALUE(weight_shape[2 + d] > 0 && stride[d] > 0 && dilation[d] > 0, "stride ", stride, " and dilation ",
+                      dilation, " of a weight of shape ", weight_shape, ": want positive numbers");
+    axes[3 - dims + d] = {weight_shape[2 + d], stride[d], dilation[d]};
+  }
   TORCH_CHECK_VALUE(0 < n && n < m && m <= 32 && v >= 1 && weight_shape[1] % m == 0 && weight_shape[0] % v == 0,
                     "a weight of shape ", weight_shape, " cannot be ", n, ":", m, "v", v);
   return with_element(dtype, [&]<class T>(T) {
-    return Layout(n, m, v, weight_shape[0], weight_shape[1], taps, typename PanelOf<T>::type{});
+    return Layout(n, m, v, weight_shape[0], weight_shape[1], axes, typename PanelOf<T>::type{});
   });
 }
 
@@ -68,13 +77,14 @@ void check_packed(const Layout& layout, const Tensor& values, const Tensor& inde
 }
 
 std::tuple<int64_t, int64_t> packed_sizes(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v,
-                                          at::ScalarType dtype) {
-  const Layout layout = layout_of(weight_shape, n, m, v, dtype);
+                                          at::IntArrayRef stride, at::IntArrayRef dilation, at::ScalarType dtype) {
+  const Layout layout = layout_of(weight_shape, n, m, v, stride, dilation, dtype);
   return {layout.values_size(), layout.index_size()};
 }
 
-std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight, int64_t n, int64_t m, int64_t v) {
-  const Layout layout = layout_of(weight.sizes(), n, m, v, weight.scalar_type());
+std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight, int64_t n, int64_t m, int64_t v, at::IntArrayRef stride,
+                                       at::IntArrayRef dilation) {
+  const Layout layout = layout_of(weight.sizes(), n, m, v, stride, dilation, weight.scalar_type());
   const Tensor dense = weight.contiguous();
   Tensor values = at::empty({layout.values_size()}, dense.options());
   Tensor index = at::empty({layout.index_size()}, dense.options().dtype(at::kShort));
@@ -85,8 +95,8 @@ std::tuple<Tensor, Tensor> pack_weight(const Tensor& weight, int64_t n, int64_t 
 }
 
 Tensor unpack_weight(const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n, int64_t m,
-                     int64_t v) {
-  const Layout layout = layout_of(weight_shape, n, m, v, values.scalar_type());
+                     int64_t v, at::IntArrayRef stride, at::IntArrayRef dilation) {
+  const Layout layout = layout_of(weight_shape, n, m, v, stride, dilation, values.scalar_type());
   check_packed(layout, values, index);
   Tensor weight = at::zeros(weight_shape, values.options());
   with_element(values.scalar_type(), [&]<class T>(T) {
@@ -121,7 +131,7 @@ const T* data_or_null(const Tensor& tensor) {
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
               int64_t m, int64_t v, const std::optional<Tensor>& bias, int64_t activation,
               const std::optional<Tensor>& residual) {
-  const Layout layout = layout_of(weight_shape, n, m, v, values.scalar_type());
+  const Layout layout = layout_of(weight_shape, n, m, v, {}, {}, values.scalar_type());
   check_packed(layout, values, index);
   TORCH_CHECK_VALUE(x.scalar_type() == values.scalar_type() && x.dim() >= 1 && x.size(-1) == layout.channels,
                     "x: want ", name_of(values.scalar_type()), " of shape (..., ", layout.channels, "), got ",
@@ -139,7 +149,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::In
   const Tensor start = bias_or_zero(bias, layout, x);
   with_element(x.scalar_type(), [&]<class T>(T) {
     run(layout, values.const_data_ptr<T>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
-        static_cast<Activation>(activation), rows.size(0), TokenRows<T>{rows.const_data_ptr<T>(), rows.stride(0)},
+        static_cast<Activation>(activation), TokenRows<T>{rows.const_data_ptr<T>(), rows.stride(0), rows.size(0)},
         TokenMajor<T>{out.mutable_data_ptr<T>(), data_or_null<T>(addend), shape.back()});
   });
   return out;
@@ -149,20 +159,23 @@ Window window_of(const Tensor& x, at::IntArrayRef weight_shape, at::IntArrayRef 
                  at::IntArrayRef dilation) {
   const int64_t dims = x.dim() - 2;
   std::array<Axis, 3> axes;
-  axes.fill({1, 1, 1, 0, 1});
+  axes.fill({1, 0, {}});
   for (int64_t d = 0; d < dims; ++d) {
-    Axis& axis = axes[3 - dims + d] = {x.size(2 + d), weight_shape[2 + d], stride[d], padding[d], dilation[d]};
-    TORCH_CHECK_VALUE(axis.size + 2 * axis.padding >= axis.reach(), "x: the kernel spans ", axis.reach(),
+    Axis& axis = axes[3 - dims + d] = {x.size(2 + d), padding[d], {weight_shape[2 + d], stride[d], dilation[d]}};
+    TORCH_CHECK_VALUE(axis.size + 2 * axis.padding >= axis.kernel.reach(), "x: the kernel spans ", axis.kernel.reach(),
                       " pixels of dimension ", 2 + d, ", more than the padded input of ", x.sizes());
   }
   return {x.size(0), x.size(1), axes[0], axes[1], axes[2]};
 }
 
+// A padded image up to this size is kept between calls, one for each thread that calls.
+constexpr int64_t kKeptBytes = 16 << 20;
+
 // Of two or three dimensions, as the weight's shape says.
 Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
             int64_t m, int64_t v, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
             const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual) {
-  const Layout layout = layout_of(weight_shape, n, m, v, values.scalar_type());
+  const Layout layout = layout_of(weight_shape, n, m, v, stride, dilation, values.scalar_type());
   check_packed(layout, values, index);
   const int64_t rank = static_cast<int64_t>(weight_shape.size());
   TORCH_CHECK_VALUE((rank == 4 || rank == 5) && x.scalar_type() == values.scalar_type() && x.dim() == rank &&
@@ -170,8 +183,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
                     "x: want ", name_of(values.scalar_type()), " of shape (B, ", layout.channels,
                     rank == 5 ? ", D" : "", ", H, W), got ", x.scalar_type(), " of ", x.sizes());
   const size_t dims = static_cast<size_t>(rank) - 2;
-  TORCH_CHECK_VALUE(stride.size() == dims && padding.size() == dims && dilation.size() == dims, "stride ", stride,
-                    ", padding ", padding, " and dilation ", dilation, ": want ", dims, " numbers each, one a dimension");
+  TORCH_CHECK_VALUE(padding.size() == dims, "padding ", padding, ": want ", dims, " numbers, one a dimension");
   TORCH_CHECK_VALUE(activation != kGeglu, "activation: geglu follows linear layers alone");
   const Window window = window_of(x, weight_shape, stride, padding, dilation);
   const at::MemoryFormat format = x.suggest_memory_format();
@@ -186,21 +198,28 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
 
   with_element(x.scalar_type(), [&]<class T>(T) {
     Planes<T> planes(window);
-    Tensor padded;
+    static thread_local Scratch kept;
+    Tensor large;
     if (planes.is_identity() && !channels_last) {
       planes.data = image.const_data_ptr<T>();
       planes.end = planes.data + image.numel();
     } else {
-      padded = empty_on_huge_pages({planes.size() + planes.kPiece}, x.options(), at::MemoryFormat::Contiguous);
+      const int64_t size = planes.size() + planes.kPiece;
+      T* padded;
+      if (size * static_cast<int64_t>(sizeof(T)) <= kKeptBytes) {
+        padded = kept.get<T>(size);
+      } else {
+        large = empty_on_huge_pages({size}, x.options(), at::MemoryFormat::Contiguous);
+        padded = large.mutable_data_ptr<T>();
+      }
       const auto split = channels_last ? split_channels_last<T> : split_channel_major<T>;
-      split(planes, image.const_data_ptr<T>(), padded.mutable_data_ptr<T>());
-      planes.data = padded.const_data_ptr<T>();
-      planes.end = planes.data + padded.numel();
+      split(planes, image.const_data_ptr<T>(), padded);
+      planes.data = padded;
+      planes.end = padded + size;
     }
-    const int64_t tokens = window.images * window.pixels();
     const auto go = [&](const auto& source, const auto& sink) {
       run(layout, values.const_data_ptr<T>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
-          static_cast<Activation>(activation), tokens, source, sink);
+          static_cast<Activation>(activation), source, sink);
     };
     if (channels_last) {
       go(planes, TokenMajor<T>{out.mutable_data_ptr<T>(), data_or_null<T>(addend), layout.out});
@@ -262,9 +281,12 @@ std::vector<int64_t> checksum(at::TensorList tensors) {
 }  // namespace sparsedm
 
 TORCH_LIBRARY(sparsedm_cpu, library) {
-  library.def("packed_sizes(int[] weight_shape, int n, int m, int v, ScalarType dtype) -> (int, int)", &sparsedm::packed_sizes);
-  library.def("pack(Tensor weight, int n, int m, int v) -> (Tensor, Tensor)");
-  library.def("unpack(Tensor values, Tensor index, int[] weight_shape, int n, int m, int v) -> Tensor");
+  library.def("packed_sizes(int[] weight_shape, int n, int m, int v, int[] stride, int[] dilation, ScalarType dtype) -> (int, int)",
+              &sparsedm::packed_sizes);
+  library.def("pack(Tensor weight, int n, int m, int v, int[] stride, int[] dilation) -> (Tensor, Tensor)");
+  library.def(
+      "unpack(Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, int[] stride, int[] dilation) -> "
+      "Tensor");
   library.def(
       "linear(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, Tensor? bias, "
       "int activation, Tensor? residual) -> Tensor");

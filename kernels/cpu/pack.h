@@ -19,11 +19,14 @@ class Packer {
       : layout_(layout), weight_(weight), values_(values), index_(index) {}
 
   void pack(int64_t unit, int64_t block) {
-    // OIHW, and K is (tap, c_in), so that the m weights of a choice are neighbours along c_in.
-    const int64_t k0 = layout_.first(block) * layout_.m, k1 = layout_.first(block + 1) * layout_.m;
+    const int64_t rows = (layout_.first(block + 1) - layout_.first(block)) * layout_.m;
     places_.clear();
-    for (int64_t k = k0; k < k1; ++k)
-      places_.push_back(static_cast<int32_t>(k % layout_.channels * layout_.taps + k / layout_.channels));
+    offsets_.clear();
+    for (int64_t i = 0; i < rows; ++i) {
+      const Layout::Row row = layout_.row(block, i);
+      places_.push_back(static_cast<int32_t>(row.place));
+      offsets_.push_back(static_cast<int16_t>(row.offset));
+    }
     if (layout_.pairs()) {
       pack_pairs(unit, block);
     } else {
@@ -75,7 +78,7 @@ class Packer {
       int16_t* index = index_ + layout_.index_at(block, g);
       for (int64_t i = 0; i < slots; ++i) {
         const int16_t row = rows_[std::min(i, kept - 1)];
-        index[i] = static_cast<int16_t>(row * layout_.row_bytes);
+        index[i] = offsets_[row];
         for (int64_t c = 0; c < together; ++c)
           values[layout_.place(i, c, together)] = i < kept ? channel_weight(g * together + c)[places_[row]] : T(0);
       }
@@ -146,7 +149,7 @@ class Packer {
         const T* weight = channel_weight(first + channel[side]);
         const auto put = [&](int64_t slot, int16_t row, T value) {
           const int64_t at = slot < shared ? slot : shared + layout_.place(slot - shared, side, 2);
-          index[at] = static_cast<int16_t>(row * layout_.row_bytes);
+          index[at] = offsets_[row];
           values[layout_.place(slot, side, 2)] = value;
         };
         int64_t next_shared = 0, next_own = shared;
@@ -165,7 +168,8 @@ class Packer {
   const T* weight_;
   T* values_;
   int16_t* index_;
-  std::vector<int32_t> places_;  // of each row of the block, within a channel's weights
+  std::vector<int32_t> places_;   // of each row of the block, within a channel's weights
+  std::vector<int16_t> offsets_;  // of each row of the block, within the panel
   std::vector<int16_t> rows_;
 };
 
@@ -180,9 +184,16 @@ void pack(const Layout& layout, const T* weight, T* values, int16_t* index) {
 // `weight` is zero on entry.
 template <class T>
 void unpack(const Layout& layout, const T* values, const int16_t* index, T* weight) {
+  // Of each block, the place of the weight that goes with a register of the panel.
+  std::vector<std::vector<int32_t>> places(layout.blocks, std::vector<int32_t>(kPanelBytes / kBytes));
+  for (int64_t block = 0; block < layout.blocks; ++block) {
+    for (int64_t i = 0; i < (layout.first(block + 1) - layout.first(block)) * layout.m; ++i) {
+      const Layout::Row row = layout.row(block, i);
+      places[block][row.offset / kBytes] = static_cast<int32_t>(row.place);
+    }
+  }
   const auto put = [&](int64_t channel, int64_t block, int16_t offset, T value) {
-    const int64_t k = layout.first(block) * layout.m + offset / layout.row_bytes;
-    weight[(channel * layout.channels + k % layout.channels) * layout.taps + k / layout.channels] = value;
+    weight[channel * layout.channels * layout.taps + places[block][offset / kBytes]] = value;
   };
   at::parallel_for(0, layout.groups(), 16, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {

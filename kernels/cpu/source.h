@@ -1,26 +1,43 @@
 // Where activations come from: each source fills a panel [row][token] for some rows of K and some tokens.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "layout.h"
 
 namespace sparsedm {
 
+// Tokens as panels see them: columns of `rows` registers. A panel is a stretch of one column.
+struct Grid {
+  int64_t columns, rows;
+
+  int64_t registers() const { return columns * rows; }
+};
+
+// Tokens side by side, both in the output and in the sums of a channel.
+struct Run {
+  int64_t at;  // in the sums
+  int64_t token, count;
+};
+
 // Tokens of a linear layer: x[token][k], rows `stride` elements apart.
 template <class T>
 struct TokenRows {
   const T* x;
-  int64_t stride;
+  int64_t stride, tokens;
 
   struct Cursor {
     const TokenRows& source;
     int64_t token0, token1;
 
+    std::array<Run, 1> runs() const { return {{{0, token0, token1 - token0}}}; }
+
     // Rows are read kWidth tokens x kWidth features at a time and transposed in registers.
     template <class Panel>
-    void fill(Panel* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
-      const int64_t rows = k1 - k0;
+    void fill(Panel* panel, const Layout& layout, int64_t block) const {
+      const int64_t panel_stride = layout.row_bytes / static_cast<int64_t>(sizeof(Panel));
+      const int64_t k0 = layout.first(block) * layout.m, rows = layout.first(block + 1) * layout.m - k0;
       for (int64_t t = token0; t < token1; t += kWidth) {
         const T* from[kWidth];
         for (int64_t i = 0; i < kWidth; ++i)  // past the last token, read it again
@@ -46,15 +63,19 @@ struct TokenRows {
     }
   };
 
-  Cursor cursor(int64_t token0, int64_t token1) const { return {*this, token0, token1}; }
+  Grid grid(const Layout&, int64_t width) const { return {1, (tokens + width - 1) / width}; }
+
+  Cursor cursor(const Layout&, int64_t width, int64_t, int64_t first, int64_t last) const {
+    return {*this, first * width, std::min(tokens, last * width)};
+  }
 };
 
 // One axis of a convolution.
 struct Axis {
-  int64_t size, kernel, stride, padding, dilation;
+  int64_t size, padding;
+  KernelAxis kernel;
 
-  int64_t reach() const { return dilation * (kernel - 1) + 1; }
-  int64_t out() const { return (size + 2 * padding - reach()) / stride + 1; }
+  int64_t out() const { return (size + 2 * padding - kernel.reach()) / kernel.stride + 1; }
 };
 
 // The geometry of a convolution; of two dimensions when the first axis is one plane deep.
@@ -65,43 +86,26 @@ struct Window {
   int64_t pixels() const { return z.out() * y.out() * x.out(); }
 };
 
-// One axis split by stride phase: position p of the padded axis is element p / stride of phase p % stride, so that a tap
-// reads neighbours for neighbouring outputs whatever the stride is. Only phases that some tap reads are kept.
-struct Phases {
+// The phases of a padded axis.
+struct Split : Phases {
   int64_t stride, padding, length;  // of one phase
-  std::vector<int64_t> kept;        // phases, in the order stored
-  std::vector<int64_t> slot, shift; // per tap: index into `kept`, first element
 
-  explicit Phases(const Axis& axis)
-      : stride(axis.stride), padding(axis.padding), length(axis.out() + (axis.reach() - 1) / axis.stride) {
-    std::vector<int64_t> slot_of(stride, -1);
-    for (int64_t tap = 0; tap < axis.kernel; ++tap) {
-      const int64_t phase = tap * axis.dilation % stride;
-      if (slot_of[phase] < 0) {
-        slot_of[phase] = static_cast<int64_t>(kept.size());
-        kept.push_back(phase);
-      }
-      slot.push_back(slot_of[phase]);
-      shift.push_back(tap * axis.dilation / stride);
-    }
-  }
+  explicit Split(const Axis& axis)
+      : Phases(axis.kernel), stride(axis.kernel.stride), padding(axis.padding),
+        length(axis.out() + (axis.kernel.reach() - 1) / axis.kernel.stride) {}
 
-  int64_t count() const { return static_cast<int64_t>(kept.size()); }
   // The element of the unpadded axis; may lie outside of it, in the padding.
   int64_t position(int64_t slot_, int64_t i) const { return i * stride + kept[slot_] - padding; }
 };
 
-// How many rows ahead the next planes are asked for: a tenth of the time of a 1x1 convolution at 1:4v4.
-constexpr int64_t kPlanesAhead = 12;
-
-// Planes of a padded, phase-split image [image][channel][phase z][phase y][phase x][z][y][x], read through a window
-// (im2col). A plane holds all that one channel of one image has, every depth of it.
+// Planes of a padded, phase-split image [image][channel][phase z][phase y][phase x][z][y][x], read through a window. A
+// plane holds all that one channel of one image has, every depth of it.
 template <class T>
 struct Planes {
   const T* data;
   const T* end;
   Window window;
-  Phases z, y, x;
+  Split z, y, x;
 
   explicit Planes(const Window& w) : data(nullptr), end(nullptr), window(w), z(w.z), y(w.y), x(w.x) {}
 
@@ -120,47 +124,98 @@ struct Planes {
   // is never used; what it loads too much must lie before `end`, so the last few rows of the data go through `careful`.
   struct Cursor {
     const Planes& source;
-    std::vector<Piece> pieces;
-    int64_t last = 0;  // the largest Piece::from
-    int64_t tokens = 0;
+    std::vector<Piece> pieces;     // of one row of the panel; of one channel where taps share rows
+    std::vector<Run> tokens;
+    int64_t ahead;                 // how many planes ahead memory is asked for,
+    size_t asked;                  // by the first so many pieces
+
+    const std::vector<Run>& runs() const { return tokens; }
 
     template <class Panel>
-    void fill(Panel* panel, int64_t panel_stride, int64_t k0, int64_t k1) const {
-      const Window& w = source.window;
-      for (int64_t k = k0; k < k1;) {
-        const Phases &z = source.z, &y = source.y, &x = source.x;
-        const int64_t tap = k / w.channels, kx = tap % w.x.kernel, ky = tap / w.x.kernel % w.y.kernel,
-                      kz = tap / w.x.kernel / w.y.kernel;
-        const int64_t phase = (z.slot[kz] * y.count() + y.slot[ky]) * x.count() + x.slot[kx];
-        const int64_t shift = (z.shift[kz] * y.length + y.shift[ky]) * x.length + x.shift[kx];
-        const T* plane = source.data + k % w.channels * source.plane_size() + phase * source.phase_size() + shift;
-        for (const int64_t stop = std::min(k1, (tap + 1) * w.channels); k < stop; ++k) {
-          if (plane + last + kPiece <= source.end) {
-            for (const Piece& piece : pieces) {
-              __builtin_prefetch(plane + piece.from + kPlanesAhead * source.plane_size());
-              copy(panel + piece.to, plane + piece.from);
-            }
-          } else {
-            careful(panel, plane);
-          }
-          plane += source.plane_size();
-          panel += panel_stride;
-        }
+    void fill(Panel* panel, const Layout& layout, int64_t block) const {
+      const int64_t step = layout.row_bytes / static_cast<int64_t>(sizeof(Panel));
+      if (layout.shares_rows()) {
+        const int64_t c0 = layout.first_channel(block), c1 = layout.first_channel(block + 1);
+        copy_planes(panel, step, source.data + c0 * source.plane_size(), c1 - c0);
+        return;
+      }
+      const Split &z = source.z, &y = source.y, &x = source.x;
+      for (int64_t k = layout.first(block) * layout.m, k1 = layout.first(block + 1) * layout.m; k < k1;) {
+        const int64_t channels = source.window.channels, tap = k / channels;
+        const int64_t tap_x = tap % x.taps(), tap_y = tap / x.taps() % y.taps(), tap_z = tap / x.taps() / y.taps();
+        const int64_t count = std::min(k1, (tap + 1) * channels) - k;
+        const int64_t at = source.offset(z.slot[tap_z], y.slot[tap_y], x.slot[tap_x], z.shift[tap_z], y.shift[tap_y],
+                                         x.shift[tap_x]);
+        copy_planes(panel, step, source.data + k % channels * source.plane_size() + at, count);
+        panel += count * step;
+        k += count;
       }
     }
 
    private:
     template <class Panel>
-    void careful(Panel* panel, const T* plane) const {
+    void copy_planes(Panel* panel, int64_t step, const T* plane, int64_t count) const {
+      int64_t last = 0;
+      for (const Piece& piece : pieces) last = std::max(last, piece.from);
+      for (int64_t i = 0; i < count; ++i, plane += source.plane_size(), panel += step) {
+        if (plane + last + kPiece > source.end) {
+          careful(panel, plane, step);
+          continue;
+        }
+        for (size_t p = 0; p < asked; ++p) __builtin_prefetch(plane + pieces[p].from + ahead * source.plane_size());
+        for (const Piece& piece : pieces) copy(panel + piece.to, plane + piece.from);
+      }
+    }
+
+    template <class Panel>
+    void careful(Panel* panel, const T* plane, int64_t step) const {
       for (size_t i = 0; i < pieces.size(); ++i) {
-        const int64_t next = i + 1 < pieces.size() ? pieces[i + 1].to : tokens;
-        for (int64_t j = 0; j < next - pieces[i].to; ++j) panel[pieces[i].to + j] = plane[pieces[i].from + j];
+        const int64_t next = i + 1 < pieces.size() ? pieces[i + 1].to : step;
+        const int64_t count = std::min({kPiece, next - pieces[i].to, source.end - plane - pieces[i].from});
+        for (int64_t j = 0; j < count; ++j) panel[pieces[i].to + j] = static_cast<Panel>(plane[pieces[i].from + j]);
       }
     }
   };
 
-  Cursor cursor(int64_t token0, int64_t token1) const {
-    Cursor cursor{*this, {}, 0, token1 - token0};
+  // Within a plane, from its first element.
+  int64_t offset(int64_t phase_z, int64_t phase_y, int64_t phase_x, int64_t at_z, int64_t at_y, int64_t at_x) const {
+    const int64_t phase = (phase_z * y.count() + phase_y) * x.count() + phase_x;
+    return phase * phase_size() + (at_z * y.length + at_y) * x.length + at_x;
+  }
+
+  // Where taps share rows, the registers of a column are rows of the image, and a register's lanes are pixels side by side.
+  // Where these do not fill registers, columns are cut into `fold` pieces, put side by side as well.
+  int64_t fold(int64_t width) const {
+    int64_t best = 1;
+    for (int64_t pieces = 2; pieces <= std::min(width, window.y.out()); ++pieces) {
+      if (window.y.out() % pieces != 0) continue;
+      // A cut costs the rows between its pieces twice, so it must save a tenth.
+      if (folded(width, pieces).registers() * 10 <= folded(width, best).registers() * 9) best = pieces;
+    }
+    return best;
+  }
+
+  Grid folded(int64_t width, int64_t pieces) const {
+    const int64_t lanes = window.images * window.z.out() * window.x.out() * pieces;
+    return {(lanes + width - 1) / width, window.y.out() / pieces};
+  }
+
+  Grid grid(const Layout& layout, int64_t width) const {
+    if (layout.shares_rows()) return folded(width, fold(width));
+    return {1, (window.images * window.pixels() + width - 1) / width};
+  }
+
+  // The registers [first, last) of a column.
+  Cursor cursor(const Layout& layout, int64_t width, int64_t column, int64_t first, int64_t last) const {
+    return layout.shares_rows() ? shared_cursor(layout, width, column, first, last)
+                                : tap_cursor(first * width, std::min(window.images * window.pixels(), last * width));
+  }
+
+ private:
+  Cursor tap_cursor(int64_t token0, int64_t token1) const {
+    // A tenth of the time of a 1x1 convolution at 1:4v4.
+    constexpr int64_t kAhead = 12;
+    Cursor cursor{*this, {}, {{0, token0, token1 - token0}}, kAhead, 0};
     const int64_t width = window.x.out(), slice = width * window.y.out(), pixels = window.pixels();
     for (int64_t t = token0, left = 0; t < token1;) {
       const int64_t image = t / pixels, pixel = t % pixels, column = pixel % width;
@@ -169,18 +224,52 @@ struct Planes {
       left = std::min(left, token1 - t);
       const int64_t row = pixel / slice * y.length + pixel % slice / width;
       const int64_t from = image * window.channels * plane_size() + row * x.length + column;
-      for (int64_t i = 0; i < left; i += kPiece) {
-        cursor.pieces.push_back({from + i, t - token0 + i});
-        cursor.last = std::max(cursor.last, from + i);
-      }
+      for (int64_t i = 0; i < left; i += kPiece) cursor.pieces.push_back({from + i, t - token0 + i});
       t += left;
     }
+    cursor.asked = cursor.pieces.size();
     return cursor;
   }
 
+  Cursor shared_cursor(const Layout& layout, int64_t width, int64_t column, int64_t first, int64_t last) const {
+    constexpr int64_t kAhead = 2;
+    Cursor cursor{*this, {}, {}, kAhead, 0};
+    const int64_t pieces = fold(width), height = window.y.out() / pieces, row_width = window.x.out();
+    // Lanes lie (image, z, piece, x). Those of one row of one image are copied together.
+    struct Part {
+      int64_t lane, count, image, z, y, x;
+    };
+    std::vector<Part> parts;
+    const int64_t lanes = window.images * window.z.out() * row_width * pieces;
+    for (int64_t lane = column * width, end = std::min(lanes, lane + width), count; lane < end; lane += count) {
+      count = std::min(end - lane, row_width - lane % row_width);
+      const int64_t row = lane / row_width, plane = row / pieces;
+      parts.push_back({lane % width, count, plane / window.z.out(), plane % window.z.out(), row % pieces * height + first,
+                       lane % row_width});
+    }
+    for (int64_t i = 0; i < static_cast<int64_t>(layout.shared.rows.size()); ++i) {
+      const SharedRows::Row& row = layout.shared.rows[i];
+      if (row.element - y.least(row.phase) >= last - first + y.span(row.phase)) continue;  // of a shorter panel than most
+      for (const Part& part : parts) {
+        const int64_t from = part.image * window.channels * plane_size() +
+                             offset(z.slot[row.z], row.phase, x.slot[row.x], part.z + z.shift[row.z],
+                                    part.y + row.element, part.x + x.shift[row.x]);
+        cursor.pieces.push_back({from, i * width + part.lane});
+      }
+      if (row.x == 0) cursor.asked = cursor.pieces.size();
+    }
+    for (int64_t i = 0; i < last - first; ++i)
+      for (const Part& part : parts)
+        cursor.tokens.push_back({i * width + part.lane,
+                                 ((part.image * window.z.out() + part.z) * window.y.out() + part.y + i) * row_width + part.x,
+                                 part.count});
+    return cursor;
+  }
+
+ public:
   // Whether the image itself, channel-major, already is what this reads.
   bool is_identity() const {
-    const auto plain = [](const Phases& axis) { return axis.stride == 1 && axis.padding == 0; };
+    const auto plain = [](const Split& axis) { return axis.stride == 1 && axis.padding == 0; };
     return plain(z) && plain(y) && plain(x);
   }
 };
@@ -191,7 +280,7 @@ namespace detail {
 struct Inside {
   int64_t first, last;
 
-  Inside(const Phases& axis, int64_t slot, int64_t size) {
+  Inside(const Split& axis, int64_t slot, int64_t size) {
     const int64_t base = axis.position(slot, 0);
     last = size > base ? std::min((size - base + axis.stride - 1) / axis.stride, axis.length) : 0;
     first = std::min(base < 0 ? (-base + axis.stride - 1) / axis.stride : 0, last);
@@ -218,7 +307,7 @@ inline void copy_strided(T* to, const T* from, int64_t size, int64_t stride) {
 template <class T>
 void split_channel_major(const Planes<T>& planes, const T* image, T* out) {
   const Window& w = planes.window;
-  const Phases &z = planes.z, &y = planes.y, &x = planes.x;
+  const Split &z = planes.z, &y = planes.y, &x = planes.x;
   at::parallel_for(0, w.images * w.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       T* to = out + plane * planes.plane_size();
@@ -248,7 +337,7 @@ void split_channel_major(const Planes<T>& planes, const T* image, T* out) {
 template <class T>
 void split_channels_last(const Planes<T>& planes, const T* image, T* out) {
   const Window& w = planes.window;
-  const Phases &z = planes.z, &y = planes.y, &x = planes.x;
+  const Split &z = planes.z, &y = planes.y, &x = planes.x;
   const int64_t size = planes.plane_size();
   const int64_t rows = z.count() * y.count() * z.length * y.length;  // of all phases along x at once
   at::parallel_for(0, w.images * rows, 1, [&](int64_t begin, int64_t end) {

@@ -345,7 +345,7 @@ def test_bad_input_is_an_error() -> None:
     with pytest.raises(ValueError, match="want float32, bfloat16 or float16, got Double"):
         KERNEL.pack(seeded(8, 8).double(), spec)
     video = LayerSpec("conv3d", (8, 8, 1, 1, 1), Pattern(2, 4))  # with the two strides of an image
-    with pytest.raises(ValueError, match="want 3 numbers each, one a dimension"):
+    with pytest.raises(ValueError, match="want 3 numbers each for a weight of shape"):
         KERNEL.conv(seeded(1, 8, 2, 2, 2), *KERNEL.pack(seeded(8, 8, 1, 1, 1), video), video, Epilogue())
     image = LayerSpec("conv2d", (256, 8, 1, 1), Pattern(2, 4))
     with pytest.raises(ValueError, match="geglu follows linear layers alone"):
