@@ -117,6 +117,7 @@ inline void multiply(Accumulators<all, registers, step>& sum, int first, const S
   for (int r = 0; r < registers; ++r) {
     Vec x[step];
     rows.fetch(r, x);
+    if constexpr (channels > 1 && step == 1) x[0] = loaded(x[0]);
     SPARSEDM_UNROLL
     for (int c = 0; c < channels; ++c) {
       SPARSEDM_UNROLL
@@ -165,8 +166,9 @@ void multiply_groups(const Block<T>& block) {
 }
 
 // Two channels whose masks differ: the rows that both keep are loaded once for two products. A block at 2:4 keeps half its
-// rows, and the best partner among 128 channels shares about two thirds of them, which is enough to be bound by
-// multiplications (115 GFLOP/s) and no longer by loads (91).
+// rows, and the best partner among 128 channels shares about two thirds of them. A row of one channel alone needs a load for
+// each multiplication, more than the processor has (72 GFLOP/s of 98 on Zen 3): shared rows, which need half as many, go
+// between them (90, and 85 one kind after the other).
 template <class T, int registers>
 void multiply_pairs(const Block<T>& block) {
   using Panel = typename PanelOf<T>::type;
@@ -183,19 +185,27 @@ void multiply_pairs(const Block<T>& block) {
     call_for(values, block.slots * 2 * sizeof(T));
     call_for(index, block.slots * 2 * sizeof(*index));
     index += Layout::kHeader;
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < shared; i += Size::step)
+    const T* own_values = values + shared * 2;
+    const int16_t* own_index = index + shared;
+    const auto add_shared = [&](int64_t i) {
       multiply<2>(sum, 0, Step<Panel>(block.panel, index + i), values + i * 2);
-    values += shared * 2;
-    index += shared;
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < own * 2; i += Size::step * 2) {
+    };
+    const auto add_own = [&](int64_t i) {
       SPARSEDM_UNROLL
       for (int c = 0; c < 2; ++c)
-        multiply<1>(sum, c, Step<Panel>(block.panel, index + i + c * Size::step), values + i + c * Size::step);
+        multiply<1>(sum, c, Step<Panel>(block.panel, own_index + i * 2 + c * Size::step), own_values + i * 2 + c * Size::step);
+    };
+    const int64_t both = std::min(shared, own);
+    int64_t i = 0;
+    for (; i < both; i += Size::step) {
+      add_shared(i);
+      add_own(i);
     }
-    values += own * 2;
-    index += own * 2 + shared;
+#pragma GCC unroll 2
+    for (int64_t j = i; j < shared; j += Size::step) add_shared(j);
+    for (int64_t j = i; j < own; j += Size::step) add_own(j);
+    values = own_values + own * 2;
+    index = own_index + own * 2 + shared;
     finish<Panel>(sum, rows, block.last);
   }
 }

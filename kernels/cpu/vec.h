@@ -6,6 +6,7 @@
 #include <cstring>
 
 #ifndef SPARSEDM_VECTOR_BYTES
+#define SPARSEDM_NATIVE_WIDTH 1
 #if defined(__AVX512F__)
 #define SPARSEDM_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -35,6 +36,16 @@ inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof(v)); }
 
 // x - 0 is x for every x, so this is one broadcast; 0 + x would also turn -0 into 0, and costs an addition.
 inline Vec broadcast(float x) { return x - Vec{}; }
+
+// The same, but surely in a register: compilers that find a value used twice may load it twice, as an operand of each use.
+inline Vec loaded(Vec v) {
+#if defined(SPARSEDM_NATIVE_WIDTH) && defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(SPARSEDM_NATIVE_WIDTH) && defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
 
 namespace detail {
 
