@@ -36,6 +36,7 @@ class Verdict:
         ratio: median of dense over sparse, timed in turn; above one, sparse is faster.
         settled: whether the machine was quiet enough for the verdict to be remembered on disk.
         measured_at: shape of the input that was timed; empty where none was. A verdict serves inputs of like size too.
+        native_seconds: median of one call of torch's own operator, where measured; never below ``dense_seconds``.
     """
 
     kernel: str
@@ -45,6 +46,7 @@ class Verdict:
     ratio: float | None = None
     settled: bool = True
     measured_at: tuple[int, ...] = ()
+    native_seconds: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measured_at", tuple(self.measured_at))  # JSON makes it a list

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,8 +14,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sparsedm_compile.bench_report.graph_times import graph_layer_ms, kernel_share, profile_calls
 from sparsedm_compile.bench_report.waterfall import attention_ms, fused_ms, layer_ms, ran_ms
-from sparsedm_compile.explain import explain
+from sparsedm_compile.explain import LayerReport, explain
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.macs import count_macs
 from sparsedm_compile.masks import magnitude_mask
@@ -47,10 +49,14 @@ class PatternBench:
             the choice; None if that was remembered without times or no sparse kernel ran.
         graphs: compiled graphs of one call.
         compile_seconds: of the first call, kernel choice included.
-        layer_ms: ``"linear"`` and ``"conv"`` -> milliseconds of those layers, as measured when their kernels were
-            chosen (see :func:`explain`): of the kernels that ran.
-        dense_layer_ms: the same of the fastest dense kernels.
-        fused_ms: of the activations and residuals that kernels applied, as operators of their own.
+        layer_ms: ``"linear"`` and ``"conv"`` -> milliseconds of those layers, by the kernels that ran: their times in
+            the dense graph, each times what its kernel took of the dense operator's time when both were timed in turn
+            for the choice (see :func:`explain`), which the machine's speed at that hour does not touch. On a GPU the
+            times of the choice themselves.
+        dense_layer_ms: of the same layers in the faster dense compilation: on a CPU of their operators as they run in
+            its graph (see :func:`graph_layer_ms`), on a GPU of torch's own operators when kernels were chosen.
+        fused_ms: what the activations and residuals that kernels applied would take as operators of their own, less
+            what they take in the kernels; negative where that is more.
     """
 
     pattern: str
@@ -66,6 +72,15 @@ class PatternBench:
     layer_ms: dict[str, float]
     dense_layer_ms: dict[str, float]
     fused_ms: float
+
+    def explained_ms(self, dense_ms: float) -> float:
+        """What a call should take going by the layers' times: whatever the dense model, which takes ``dense_ms``,
+        spends outside of its layers, less what kernels spare it by fusing, and the times of the kernels that ran.
+
+        The sparse model's own time is no part of it.
+        """
+        rest = dense_ms - sum(self.dense_layer_ms.values()) - self.fused_ms
+        return rest + sum(self.layer_ms.values())
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,7 @@ def bench_model(
 
     candidates: dict[str, Callable[[], object]] = {}
     rows: dict[str, dict[str, Any]] = {}
+    timed_layers: dict[str, list[LayerReport]] = {}
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_RECOMPILES):
         for dense, freezing in (("inductor", False), ("inductor, freezing", True)):
             progress(f"compile {dense}")
@@ -206,6 +222,7 @@ def bench_model(
                 for layer in told.layers
                 if layer.sparse_ms and layer.dense_ms and layer.ran_sparse
             ]
+            timed_layers[pattern] = [layer for layer in told.layers if ran_ms(layer) is not None]
             rows[pattern] = {
                 "relative_error": _relative_error(output, _masked_dense(model, plan, inputs, kwargs)),
                 "macs": counted[pattern].sparse,
@@ -213,15 +230,23 @@ def bench_model(
                 "least_gain": min(gains, default=None),
                 "graphs": told.graphs,
                 "compile_seconds": elapsed,
-                "layer_ms": layer_ms(told.layers, ran_ms),
-                "dense_layer_ms": layer_ms(told.layers, lambda layer: layer.dense_ms),
                 "fused_ms": fused_ms(told.layers, next(model.parameters())),
             }
         progress("time in turn")
         times = paired_times(candidates, seconds=seconds, min_rounds=5, warm=True, synchronize=synchronize)
         attention = attention_ms(model, inputs, kwargs, seconds=seconds / 10)
+        baseline = min(baselines, key=lambda dense: median(times[dense]))
+        dense_ms = {dense: median(times[dense]) * 1e3 for dense in baselines}
+        profiled = profile_calls(candidates[baseline]) if synchronize is None else None
+        share = partial(kernel_share, freezing=baseline != "inductor")
+        for pattern, layers in timed_layers.items():
+            if profiled is None:  # on a GPU a host's profile has launches alone
+                dense, ran = layer_ms(layers, lambda layer: layer.native_ms), layer_ms(layers, ran_ms)
+            else:
+                dense = graph_layer_ms(profiled, layers, dense_ms[baseline])
+                ran = graph_layer_ms(profiled, layers, dense_ms[baseline], share)
+            rows[pattern] |= {"dense_layer_ms": dense, "layer_ms": ran}
 
-    baseline = min(baselines, key=lambda dense: median(times[dense]))
     measured = []
     for pattern, row in rows.items():
         speedup, spread = median_ratio(times[baseline], times[pattern])
@@ -233,7 +258,7 @@ def bench_model(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "custom"),
         threads=torch.get_num_threads(),
-        dense_ms={dense: median(times[dense]) * 1e3 for dense in baselines},
+        dense_ms=dense_ms,
         baseline=baseline,
         rounds=len(times[baseline]),
         dense_macs=first.dense,

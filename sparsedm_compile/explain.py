@@ -33,6 +33,9 @@ class LayerReport:
         fused: what the kernel also does, beside the bias: an activation (``"gelu"``, ``"gelu_tanh"``, ``"silu"``,
             ``"geglu"``), ``"residual"``. Neither time contains it.
         output_shape: of the input that the graph was compiled for; empty where nothing is fused or a size is unknown.
+        native_ms: as ``dense_ms``, of torch's own operator, which Inductor calls unless it freezes the weights.
+        calls: of the layer in one call of the model. Calls of layers that share a weight are not told apart: the first
+            of them has all, the others none.
     """
 
     name: str
@@ -45,6 +48,8 @@ class LayerReport:
     reason: str
     fused: tuple[str, ...] = ()
     output_shape: tuple[int, ...] = ()
+    native_ms: float | None = None
+    calls: int = 1
 
     @property
     def ran_sparse(self) -> bool:
@@ -141,7 +146,7 @@ def _explanation(model: nn.Module, calls: list[tuple[CompiledGraph, tuple]]) -> 
     packed = packed_layers(model)
     infos += [LayerInfo(name, layer.kind, layer.weight_shape) for name, layer in packed.items()]
     order = {name: i for i, name in enumerate(modules)}
-    reports = []
+    reports, counted = [], set()
     for info in sorted(infos, key=lambda info: order[info.name]):
         module = modules[info.name]
         weight = module.packed_values if info.name in packed else getattr(module, "weight", None)
@@ -177,8 +182,11 @@ def _explanation(model: nn.Module, calls: list[tuple[CompiledGraph, tuple]]) -> 
                 reason,
                 layer.fused if layer is not None else (),
                 layer.output_shape if layer is not None and layer.fused else (),
+                _ms(verdict.native_seconds if verdict else None),
+                0 if id(weight) in counted else len(uses),
             )
         )
+        counted.add(id(weight))
     modes = {"inference" if graph.inference else "training" for graph, _ in calls}
     return Explanation(
         tuple(reports), len({id(graph) for graph, _ in calls}), "mixed" if len(modes) > 1 else modes.pop()

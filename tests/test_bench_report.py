@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 from sparsedm_compile.bench_report import (
@@ -22,7 +24,7 @@ from sparsedm_compile.bench_report import (
 )
 from sparsedm_compile.bench_report.results import read_folder
 from sparsedm_compile.bench_report.summaries import geometric_mean, summarize_layers, summarize_models
-from sparsedm_compile.bench_report.waterfall import attention_ms, fused_ms, layer_ms, ran_ms, waterfall
+from sparsedm_compile.bench_report.waterfall import _product, attention_ms, fused_ms, layer_ms, ran_ms, waterfall
 from sparsedm_compile.cli import app
 from sparsedm_compile.explain import LayerReport
 
@@ -363,6 +365,7 @@ class TestWaterfall:
         ]
         assert layer_ms(layers, ran_ms) == {"linear": 5.0, "conv": 3.0}
         assert layer_ms(layers, lambda layer: layer.dense_ms) == {"linear": 6.0, "conv": 6.0}
+        assert layer_ms([replace(layers[0], calls=3), layers[1]], ran_ms) == {"linear": 7.0, "conv": 0.0}
 
     def test_every_attention_is_run(self, monkeypatch):
         class Net(nn.Module):
@@ -389,28 +392,45 @@ class TestWaterfall:
         assert sorted(shape for shape, _ in seen) == [(3, 2, 4, 8), (3, 2, 6, 8)]
         assert attention_ms(nn.Linear(8, 8), (torch.randn(2, 8),), {}) == 0.0
 
-    def test_what_kernels_apply_is_timed_as_operators_of_their_own(self, monkeypatch):
+    def test_what_kernels_apply_counts_as_compiled_operators_less_what_the_kernels_take_for_it(self, monkeypatch):
         ran = []
 
         def timed(candidates, **_):
-            out = candidates[""]()
+            misses = counters["stats"]["unique_graphs"]
+            out = candidates["alone"]()
+            assert counters["stats"]["unique_graphs"] == misses + 1
             ran.append((tuple(out.shape), out.dtype))
-            return {"": [0.001 * out.shape[-1]]}
+            return {"alone": [0.001 * out.shape[-1]], "plain": [0.010], "fused": [0.0115]}
 
         monkeypatch.setattr("sparsedm_compile.bench_report.waterfall.paired_times", timed)
+        monkeypatch.setattr(
+            "sparsedm_compile.bench_report.waterfall._product",
+            lambda *_: dict.fromkeys(("plain", "fused"), lambda: torch.empty(2)),
+        )
+        torch._dynamo.reset()
 
-        def report(fused, *shape):
-            return LayerReport("a", "linear", (8, 8), "2:4", "cpu", 1.0, 2.0, "", fused, shape)
+        def report(fused, *shape, calls=1):
+            return LayerReport("a", "linear", (8, 8), "2:4", "cpu", 1.0, 2.0, "", fused, shape, calls=calls)
 
         layers = [
             report(("gelu", "residual"), 2, 3),
             report(("gelu",), 2, 3),
-            report(("geglu",), 2, 5),
+            report(("geglu",), 2, 5, calls=2),
             report(()),
         ]
-        assert fused_ms(layers, torch.empty(1, dtype=torch.bfloat16)) == pytest.approx(3 + 3 + 3 + 5)
+        assert fused_ms(layers, torch.empty(1, dtype=torch.bfloat16)) == pytest.approx((3 + 3 + 3 + 2 * 5) - 5 * 1.5)
         assert sorted(ran) == [((2, 3), torch.bfloat16)] * 2 + [((2, 5), torch.bfloat16)]
         assert fused_ms([report(())], torch.empty(1)) == 0.0
+
+    @pytest.mark.parametrize("name", ["gelu", "silu", "residual"])
+    def test_the_kernel_is_timed_with_what_it_fuses_and_without(self, name):
+        runs = _product(name, 5, (16, 6), "cpu", "2:4", torch.empty(1))
+        if not runs:
+            pytest.skip("the cpu kernel runs nowhere here")
+        plain, fused = runs["plain"](), runs["fused"]()
+        assert plain.shape == (5, 16)
+        expected = {"gelu": F.gelu, "silu": F.silu}.get(name, lambda x: x + runs["fused"].keywords["residual"])(plain)
+        torch.testing.assert_close(fused, expected)
 
 
 class TestCommands:

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsedm_compile import benchmarking
+from sparsedm_compile.bench_report.graph_times import ProfiledCall
 from sparsedm_compile.bench_report.model_results import model_results
-from sparsedm_compile.benchmarking import bench_model
+from sparsedm_compile.benchmarking import PatternBench, bench_model
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.sparsify import sparsify
 
@@ -70,12 +72,56 @@ def test_results_have_a_row_a_pattern_whose_parts_add_up(bench):
         assert row["dense_ms"] == min(report.dense_ms.values())
         assert sum(row["waterfall"]["dense"].values()) == pytest.approx(row["dense_ms"])
         assert sum(row["waterfall"]["sparse"].values()) == pytest.approx(row["ms"])
-        saved = sum(one.dense_layer_ms.values()) - sum(one.layer_ms.values()) + one.fused_ms
-        assert row["dense_ms"] - row["explained_ms"] == pytest.approx(saved)
-        (fusing,) = model_results(replace(report, patterns=(replace(one, fused_ms=3.0),)), "net", "Net").rows
-        assert row["explained_ms"] - fusing["explained_ms"] == pytest.approx(3.0 - one.fused_ms)
+        assert row["explained_ms"] == one.explained_ms(row["dense_ms"])
         assert one.dense_layer_ms["conv"] > 0
         assert one.dense_layer_ms["linear"] > 0
+
+
+def test_explained_is_the_rest_of_dense_and_the_kernels_that_ran():
+    row = PatternBench(
+        pattern="2:4",
+        ms=1234.0,
+        speedup=1.0,
+        spread=0.0,
+        relative_error=0.0,
+        macs=1,
+        kernels={},
+        least_gain=None,
+        graphs=1,
+        compile_seconds=1.0,
+        layer_ms={"linear": 30.0, "conv": 5.0},
+        dense_layer_ms={"linear": 60.0, "conv": 8.0},
+        fused_ms=4.0,
+    )
+    assert row.explained_ms(100.0) == 100 - 68 - 4 + 35
+    assert replace(row, ms=1.0).explained_ms(100.0) == row.explained_ms(100.0)  # not by construction
+
+
+@pytest.mark.parametrize("faster", ["inductor", "inductor, freezing"])
+def test_dense_layers_are_timed_in_the_graph_of_the_faster_dense_compilation(monkeypatch, faster):
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(8, 64)
+    profiled = []
+
+    def profile(run):
+        profiled.append(run)
+        return [ProfiledCall(2.0, {(32, 64): [0.5], (9, 9): [1.0]})]
+
+    monkeypatch.setattr(
+        benchmarking, "paired_times", lambda runs, **_: {name: [1.0 if name == faster else 3.0] * 5 for name in runs}
+    )
+    monkeypatch.setattr(benchmarking, "profile_calls", profile)
+    monkeypatch.setattr(benchmarking, "kernel_share", lambda layer, freezing: 0.5 if freezing else 0.25)
+    report = bench_model(model, (x,), patterns=["2:4", "1:4"], policy="all", seconds=0)
+    assert report.baseline == faster
+    for row in report.patterns:
+        assert row.dense_layer_ms == {"linear": pytest.approx(250.0), "conv": 0.0}  # a quarter of 1 s
+        assert row.layer_ms["linear"] == pytest.approx(125.0 if faster == "inductor, freezing" else 62.5)
+    (run,) = profiled
+    with torch.no_grad():
+        before = run().clone()
+        model[0].weight.zero_()
+        assert torch.equal(run(), before) == (faster == "inductor, freezing")
 
 
 def test_the_model_is_left_as_it_was(bench):

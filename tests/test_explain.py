@@ -10,7 +10,7 @@ from torch import nn
 import sparsedm_compile as sdm
 from sparsedm_compile.kernels import LayerSpec, choice, get_kernel
 from sparsedm_compile.kernels.verdicts import VerdictStore
-from sparsedm_compile.pattern import Pattern
+from sparsedm_compile.pattern import DENSE, Pattern
 
 FORCED = {"kernel": "cpu"}
 
@@ -145,6 +145,34 @@ def test_says_at_which_size_a_layer_was_measured(monkeypatch, tmp_path):
     assert (second.kernel, second.reason, second.dense_ms) == (first.kernel, first.reason, first.dense_ms)
 
 
+def test_tells_the_time_of_torchs_own_operator_beside_that_of_the_fastest_dense_kernel(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEDM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choice, "_store", VerdictStore())
+    seconds = {"dense": 4.0, "onednn": 3.0, "cpu": 1.0}
+    monkeypatch.setattr(choice, "paired_times", lambda names, **_: {name: [seconds[name]] * 3 for name in names})
+    model = nn.Linear(64, 64).eval()
+    sdm.sparsify(model, "2:4")
+    layer = sdm.explain(model, torch.randn(8, 64))[""]
+    assert layer.native_ms == 4e3
+    assert layer.dense_ms == (4e3 if get_kernel("onednn").refusal(LayerSpec("linear", (64, 64), DENSE)) else 3e3)
+
+
+def test_counts_the_calls_of_a_layer(report):
+    class Repeating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.many, self.one, self.none = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x):
+            return self.one(self.many(F.relu(self.many(F.relu(self.many(x))))))
+
+    model = Repeating().eval()
+    sdm.sparsify(model, "2:4", policy="all")
+    found = sdm.explain(torch.compile(model, backend="sparsedm", options=FORCED), torch.randn(4, 64))
+    assert {layer.name: layer.calls for layer in found.layers} == {"many": 3, "one": 1, "none": 0}
+    assert {layer.name: layer.calls for layer in report.layers} == dict.fromkeys(NAMES, 1) | {"unused": 0}
+
+
 def test_the_reference_kernel_counts_as_no_sparse_kernel(image):
     compiled = torch.compile(sparse_net(), backend="sparsedm", options={"kernel": "reference"})
     report = sdm.explain(compiled, image)
@@ -263,6 +291,7 @@ def test_tied_weights(image):
     sdm.sparsify(model, "2:4")
     report = sdm.explain(torch.compile(model, backend="sparsedm", options=FORCED), torch.randn(4, 64))
     assert [layer.kernel for layer in report.layers] == ["cpu", "cpu"]
+    assert [layer.calls for layer in report.layers] == [2, 0]
 
 
 def test_attention_modules_are_listed_with_their_reason():

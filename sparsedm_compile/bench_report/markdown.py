@@ -154,8 +154,9 @@ def _models(models: Sequence[Results]) -> list[str]:
 
 def _waterfall_note() -> str:
     return (
-        "Milliseconds. Layers as measured when their kernels were chosen, attention timed alone, other: what these "
-        "leave of the measured total (norms, activations, memory traffic between layers)."
+        "Milliseconds. Layers: dense as profiled in the model's graph, sparse as the same times what explain says that "
+        "the kernel takes of the dense operator's time (on a GPU both as explain tells them). Attention timed alone. "
+        "Other: what these leave of the measured total (norms, activations, memory traffic between layers)."
     )
 
 
@@ -179,8 +180,8 @@ def _agreement(rows: Sequence[Row]) -> list[str]:
         lines.append([row["title"], row["pattern"], _ms(row["ms"]), _ms(row["explained_ms"]), f"{off:+.0%}", verdict])
     header = ["model", "pattern", "measured", "explained", "off", f"{_AGREEMENT:.0%}"]
     return [
-        "Explained: the dense total, with each layer's dense time replaced by that of the kernel that ran it, less the "
-        "activations and residuals that this kernel applies.",
+        "Explained: the dense total, with each layer's time in the dense graph scaled by what explain says that the "
+        "kernel that ran it takes of the dense operator's time, less what fusing activations and residuals saves.",
         table(header, lines),
     ]
 

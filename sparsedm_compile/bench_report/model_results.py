@@ -45,7 +45,7 @@ def model_results(report: BenchReport, case: str, title: str) -> Results:
                 "sparse": waterfall(one.ms, one.layer_ms, report.attention_ms),
             },
             "fused_ms": one.fused_ms,
-            "explained_ms": dense_ms - sum(one.dense_layer_ms.values()) - one.fused_ms + sum(one.layer_ms.values()),
+            "explained_ms": one.explained_ms(dense_ms),
         }
         rows.append(row)
     return Results("models", rows, report.provenance)

@@ -1,5 +1,6 @@
-"""Where the time of a model goes: layers as measured for the choice of kernels, attention timed alone, the rest."""
+"""Where the time of a model goes: layers, attention timed alone, what kernels fuse, the rest."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from sparsedm_compile.explain import LayerReport
+from sparsedm_compile.kernels import get_kernel
+from sparsedm_compile.kernels.registry import LayerSpec
 from sparsedm_compile.macs import count_macs
+from sparsedm_compile.masked_weight import mask_out
+from sparsedm_compile.pattern import Pattern
 from sparsedm_compile.timing import paired_times
 
 #: The parts of a waterfall, in the order in which they are shown.
@@ -75,10 +80,10 @@ def attention_ms(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, A
 
 
 def layer_ms(layers: Iterable[LayerReport], time: Callable[[LayerReport], float | None]) -> dict[str, float]:
-    """``{"linear": ms, "conv": ms}``, summed over those layers for which ``time`` knows it."""
+    """``{"linear": ms, "conv": ms}``, summed over the calls of those layers for which ``time`` knows it."""
     total = {"linear": 0.0, "conv": 0.0}
     for layer in layers:
-        total["linear" if layer.kind == "linear" else "conv"] += time(layer) or 0.0
+        total["linear" if layer.kind == "linear" else "conv"] += layer.calls * (time(layer) or 0.0)
     return total
 
 
@@ -87,34 +92,62 @@ def ran_ms(layer: LayerReport) -> float | None:
     return layer.sparse_ms if layer.ran_sparse else layer.dense_ms
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "geglu": lambda x: x * F.gelu(x),
+_EPILOGUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda x, _: F.gelu(x),
+    "gelu_tanh": lambda x, _: F.gelu(x, approximate="tanh"),
+    "silu": lambda x, _: F.silu(x),
+    "geglu": lambda x, gate: x * F.gelu(gate),
+    "residual": lambda x, other: x + other,
 }
 
 
 def fused_ms(layers: Iterable[LayerReport], like: Tensor, *, seconds: float = 1.0) -> float:
-    """Milliseconds of the activations and residuals that kernels apply, each timed alone as an operator of its own.
+    """Milliseconds that sparse saves by the activations and residuals that its kernels apply.
 
-    Dense spends them outside of its layers, so they are part of what sparse saves; at most this much, as Inductor may
-    do them on the way of something else.
+    Dense runs each as an operator of its own, compiled by Inductor; what a kernel takes more with it than without is
+    less than that where fusing pays, and more where it does not: then the sum may be negative. Both are timed in turn.
+    For a convolution its kernel is timed in a linear of as many outputs.
 
     Args:
         like: a tensor of the dtype and device of the layers.
         seconds: of timing, for all different ones together.
     """
-    calls = Counter((name, layer.output_shape) for layer in layers if layer.output_shape for name in layer.fused)
+    calls: Counter[tuple] = Counter()
+    for layer in layers:
+        for name in layer.fused if layer.output_shape else ():
+            kernel = layer.kernel.split(", ")[0]
+            calls[name, layer.output_shape, layer.kind, layer.weight_shape[:2], kernel, layer.pattern] += layer.calls
     synchronize = torch.cuda.synchronize if like.is_cuda else None
     total = 0.0
     with torch.no_grad():
-        for (name, shape), count in calls.items():
+        for (name, shape, kind, weight, kernel, pattern), count in calls.items():
             x, other = (torch.randn(shape, device=like.device).to(like.dtype) for _ in range(2))
-            run = partial(torch.add, x, other) if name == "residual" else partial(_ACTIVATIONS[name], x)
-            times = paired_times({"": run}, seconds=seconds / len(calls), synchronize=synchronize)
-            total += count * median(times[""]) * 1e3
+            alone = partial(torch.compile(_EPILOGUES[name], dynamic=True), x, other)
+            tokens = math.prod(shape[:-1]) if kind == "linear" else shape[0] * math.prod(shape[2:])
+            runs = {"alone": alone, **_product(name, tokens, weight, kernel, pattern, like)}
+            times = paired_times(runs, seconds=seconds / len(calls), synchronize=synchronize)
+            ms = {run: median(rounds) * 1e3 for run, rounds in times.items()}
+            total += count * (ms["alone"] - (ms["fused"] - ms["plain"] if "fused" in ms else 0.0))
     return total
+
+
+def _product(
+    name: str, tokens: int, weight: tuple[int, int], kernel: str, pattern: str, like: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """A linear by a sparse kernel, with what it fuses and without; empty where it takes no such linear."""
+    parsed = Pattern.parse(pattern)
+    outputs, width = weight[0], -(-weight[1] // parsed.m) * parsed.m
+    spec = LayerSpec("linear", (outputs, width), parsed, like.dtype, like.device.type)
+    if get_kernel(kernel).refusal(spec) is not None:
+        return {}
+    x, dense, residual = (
+        torch.randn(size, device=like.device).to(like.dtype)
+        for size in ((tokens, width), (outputs, width), (tokens, outputs))
+    )
+    packed = get_kernel(kernel).pack(mask_out(dense, pattern), spec)
+    plain = partial(torch.ops.sparsedm.linear.default, x, *packed, kernel, pattern, [outputs, width], None)
+    fused = {"residual": residual} if name == "residual" else {"activation": name}
+    return {"plain": plain, "fused": partial(plain, **fused)}
 
 
 def waterfall(total_ms: float, layers: Mapping[str, float], attention: float) -> dict[str, float]:

@@ -65,6 +65,7 @@ def test_the_fastest_wins(clock, times, winner):
     assert verdict.kernel == winner
     assert verdict.sparse_seconds == times["cpu"]
     assert verdict.dense_seconds == pytest.approx(min(times["dense"], times["onednn"]), rel=0.01)
+    assert verdict.native_seconds == times["dense"]
     assert verdict.ratio == pytest.approx(verdict.dense_seconds / verdict.sparse_seconds)
     assert "x the fastest dense" in verdict.reason
 

@@ -27,6 +27,15 @@ def test_remembers(directory):
     assert store.path.parent == directory
 
 
+def test_reads_what_was_remembered_before_the_time_of_torchs_own_operator_was(directory):
+    store = VerdictStore()
+    store.put("a", CPU)
+    stored = json.loads(store.path.read_text())
+    assert stored["a"].pop("native_seconds", "absent") is None
+    store.path.write_text(json.dumps(stored))
+    assert VerdictStore().get("a") == CPU
+
+
 def test_leaves_nothing_but_its_file(directory):
     store = VerdictStore()
     store.put("a", CPU)
