@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparsedm_compile import sparsify
 from sparsedm_compile.bench_report import Results, write_results
 from sparsedm_compile.bench_report.results import Row
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.explain import explain
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
@@ -87,7 +88,7 @@ def _row(case: str, layer: str, dtype: torch.dtype, pattern: str, kernel: str, v
     return {
         "case": case,
         "layer": layer,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "pattern": pattern,
         "kernel": kernel,
         "error": value,

@@ -29,6 +29,7 @@ from torch import Tensor
 from sparsedm_compile.bench_report import Results, write_results
 from sparsedm_compile.bench_report.results import Row
 from sparsedm_compile.bench_report.summaries import summarize_layers
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels import get_kernel
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
 from sparsedm_compile.masks import magnitude_mask
@@ -52,11 +53,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.shape.name}, batch {self.batch}, threads {self.threads}, {_spelling(self.dtype)}"
-
-
-def _spelling(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return f"{self.shape.name}, batch {self.batch}, threads {self.threads}, {dtype_name(self.dtype)}"
 
 
 def cases(
@@ -131,7 +128,7 @@ def measure(case: Case, patterns: Iterable[str], seconds: float, gflops: float |
             "op": shape.op,
             "batch": case.batch,
             "threads": case.threads,
-            "dtype": _spelling(case.dtype),
+            "dtype": dtype_name(case.dtype),
             "input_rows": x.shape[0] if shape.op == "linear" else case.batch * math.prod(shape.size),
             "ratio": ratio,
             "spread": spread,
