@@ -110,6 +110,9 @@ def compare(
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Another.")],
     tolerance: Annotated[float, typer.Option("--tolerance", help="Relative change that is none.")] = 0.03,
     any_machine: Annotated[bool, typer.Option("--any-machine", help="Compare across machines all the same.")] = False,
+    any_timing: Annotated[
+        bool, typer.Option("--any-timing", help="Compare times taken warm with others all the same.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List what got worse beyond tolerance and spread; exit status 1 if anything did."""
@@ -119,6 +122,13 @@ def compare(
         raise fail(
             f"measured on different machines ({' against '.join(comparison.machines)}), which says nothing about the "
             "code; --any-machine compares all the same"
+        )
+    if comparison.timed_otherwise and not any_timing:
+        first, *others = comparison.timed_otherwise
+        more = f" and {len(others)} more" if others else ""
+        raise fail(
+            f"marked as timed warm in one of {old} and {new} alone: {first}{more}, which says nothing about the code; "
+            "measure the other one again with this version, or pass --any-timing to compare all the same"
         )
     show(comparison, as_json)
     raise typer.Exit(1 if comparison.regressions else 0)
