@@ -22,7 +22,9 @@ from sparsedm_compile.cli.common import (
     RuleOption,
     SeedOption,
     ThreadsOption,
+    check_place,
     fail,
+    file_errors,
     parse_rules,
     result_only,
     set_up,
@@ -56,6 +58,8 @@ def model(
     patterns, rules = pattern or ["2:4"], {}
     with result_only(as_json), stderr.status("loading") as status:
         with user_errors():
+            if out is not None:
+                check_place("--out", out)
             rules = parse_rules(rule)
             loaded = load_model(model, batch=batch, config=config, checkpoint=checkpoint)
             for one in patterns:
@@ -73,9 +77,10 @@ def model(
             name=loaded.name,
             progress=status.update,
         )
-    if out is not None:
-        write_results(out, model_results(report, out.stem, f"{loaded.name}, batch {batch or 1}, policy {policy}"))
     show(report, as_json)
+    if out is not None:
+        with file_errors():
+            write_results(out, model_results(report, out.stem, f"{loaded.name}, batch {batch or 1}, policy {policy}"))
 
 
 @bench.command()
@@ -91,6 +96,7 @@ def report(
 ) -> None:
     """Render results as a Markdown page with plots, and as the README's table; from the files alone."""
     with user_errors():
+        check_place("--out", out, folder=True)
         found, others = read_folder(results)
         text = None if readme is None else replace_between_markers(readme.read_text(), readme_block(found))
         out.mkdir(parents=True, exist_ok=True)
