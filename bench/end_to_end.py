@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import arguments
 import torch
 from model_list import MODELS
 from rich.console import Console
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only cases whose name holds this")
     parser.add_argument("--quick", action="store_true", help="the two small models alone")
-    parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--patterns", type=arguments.patterns, default=",".join(PATTERNS))
     parser.add_argument("--threads", type=int, help="of torch; files and titles then name it")
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing, each model")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -80,7 +81,7 @@ def main() -> None:
                 loaded.model,
                 loaded.inputs,
                 loaded.kwargs,
-                patterns=options.patterns.split(","),
+                patterns=options.patterns,
                 policy=case.policy,
                 seconds=options.seconds,
                 name=loaded.name,

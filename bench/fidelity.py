@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 import torch.nn.functional as F
 from model_list import MODELS
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparsedm_compile import sparsify
 from sparsedm_compile.bench_report import Results, write_results
 from sparsedm_compile.bench_report.results import Row
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.explain import explain
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
@@ -87,7 +89,7 @@ def _row(case: str, layer: str, dtype: torch.dtype, pattern: str, kernel: str, v
     return {
         "case": case,
         "layer": layer,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "pattern": pattern,
         "kernel": kernel,
         "error": value,
@@ -128,8 +130,8 @@ def _outputs(model: Any, call: tuple[tuple, dict[str, Any]]) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help=f"only cases whose name holds this; there are {', '.join(CASES)}")
-    parser.add_argument("--patterns", default=",".join(PATTERNS))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--patterns", type=arguments.patterns, default=",".join(PATTERNS))
+    parser.add_argument("--dtypes", type=arguments.dtypes, default=",".join(DTYPES))
     parser.add_argument("--layers", action="store_true", help="layers alone, no whole model")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -143,8 +145,8 @@ def main() -> None:
             torch.manual_seed(0)
             shapes = list(layer_shapes(MODELS[case].load(device="meta")))
             loaded = None if options.layers else MODELS[case].load()
-            for dtype in (getattr(torch, name) for name in options.dtypes.split(",")):
-                for pattern in options.patterns.split(","):
+            for dtype in options.dtypes:
+                for pattern in options.patterns:
                     rows += layer_rows(case, shapes, pattern, dtype)
                     if loaded is not None:
                         rows.append(model_row(case, loaded, pattern, dtype))

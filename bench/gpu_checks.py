@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from gpu_runner import Clock, Record, Skipped
 from torch import Tensor
 
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels import get_kernel, kernel_names
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 from sparsedm_compile.masks import magnitude_mask
@@ -168,7 +169,7 @@ def check(name: str, kernel: Kernel, spec: LayerSpec, shape: tuple[int, ...], ac
     """One layer through one kernel."""
     record = {
         "kernel": name,
-        "layer": f"{spec.op} {'x'.join(map(str, spec.weight_shape))} {spec.pattern} {str(spec.dtype)[6:]}",
+        "layer": f"{spec.op} {'x'.join(map(str, spec.weight_shape))} {spec.pattern} {dtype_name(spec.dtype)}",
         "input": "x".join(map(str, shape)),
         "activation": activation,
     }

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+import arguments
 import torch
 import torch.nn.functional as F
 from dense_rivals import dense_rivals
@@ -29,6 +30,7 @@ from torch import Tensor
 from sparsedm_compile.bench_report import Results, write_results
 from sparsedm_compile.bench_report.results import Row
 from sparsedm_compile.bench_report.summaries import summarize_layers
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels import get_kernel
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec
 from sparsedm_compile.masks import magnitude_mask
@@ -52,11 +54,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.shape.name}, batch {self.batch}, threads {self.threads}, {_spelling(self.dtype)}"
-
-
-def _spelling(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return f"{self.shape.name}, batch {self.batch}, threads {self.threads}, {dtype_name(self.dtype)}"
 
 
 def cases(
@@ -131,7 +129,7 @@ def measure(case: Case, patterns: Iterable[str], seconds: float, gflops: float |
             "op": shape.op,
             "batch": case.batch,
             "threads": case.threads,
-            "dtype": _spelling(case.dtype),
+            "dtype": dtype_name(case.dtype),
             "input_rows": x.shape[0] if shape.op == "linear" else case.batch * math.prod(shape.size),
             "ratio": ratio,
             "spread": spread,
@@ -163,18 +161,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only models whose title holds this")
     parser.add_argument("--match", default="", help="only layers whose name holds this")
     parser.add_argument("--op", choices=("linear", "conv2d"))
-    parser.add_argument("--patterns", default=",".join(PATTERNS))
-    parser.add_argument("--batches", default="4,1")
-    parser.add_argument("--threads", default=f"{torch.get_num_threads()},1")
-    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--patterns", type=arguments.patterns, default=",".join(PATTERNS))
+    parser.add_argument("--batches", type=arguments.counts, default="4,1")
+    parser.add_argument("--threads", type=arguments.counts, default=f"{torch.get_num_threads()},1")
+    parser.add_argument("--dtypes", type=arguments.dtypes, default="float32", help=", ".join(arguments.DTYPES))
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing each layer, at most")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layers.json")
+    default = str(Path(__file__).parent / "results" / "layers.json")
+    parser.add_argument("--out", type=arguments.file_to_write, default=default)
     options = parser.parse_args()
     torch.manual_seed(0)
-    console, patterns = Console(), options.patterns.split(",")
-    batches = [int(batch) for batch in options.batches.split(",")]
-    dtypes = [getattr(torch, name) for name in options.dtypes.split(",")]
-    threads = list(dict.fromkeys(int(n) for n in options.threads.split(",")))
+    console = Console()
     shapes = {
         shape: uses
         for shape, uses in all_shapes(options.only).items()
@@ -183,21 +179,21 @@ def main() -> None:
     if not shapes:
         parser.error(f"no layer is left; models are {', '.join(MODELS)}, and python bench/shapes.py lists layers")
     machine: dict[str, dict[str, float]] = {}
-    for n in threads:
+    for n in options.threads:
         torch.set_num_threads(n)
         machine[str(n)] = measure_peak()
     budget = Budget(
         options.minutes * 60,
-        cost=lambda case: expected_seconds(case, patterns, machine[str(case.threads)]["gflops"]),
+        cost=lambda case: expected_seconds(case, options.patterns, machine[str(case.threads)]["gflops"]),
         name=lambda case: case.name,
         most=options.seconds,
     )
-    wanted, rows, left_out = cases(shapes, batches, threads, dtypes), [], []
+    wanted = cases(shapes, options.batches, options.threads, options.dtypes)
+    rows, left_out = [], []
     for case, seconds in track(budget.cases(wanted), "timing", total=len(wanted), console=console, transient=True):
-        measured, refusals = measure(case, patterns, seconds, machine[str(case.threads)]["gflops"])
+        measured, refusals = measure(case, options.patterns, seconds, machine[str(case.threads)]["gflops"])
         rows += measured
         left_out += [{"what": case.name, "why": refusal} for refusal in refusals]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_results(options.out, Results("layers", rows, machine=machine, left_out=[*left_out, *budget.left_out]))
     console.print(summary(rows))
     console.print(f"{len(wanted) - len(budget.left_out)} of {len(wanted)} measured; the rest is named in {options.out}")

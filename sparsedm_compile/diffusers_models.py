@@ -1,6 +1,7 @@
 """Diffusers models by class name and config, and random inputs of the shapes that their pipelines give them."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,8 @@ def create(name: str, config: dict[str, Any] | None = None) -> nn.Module:
         config: as in the ``config.json`` beside a published checkpoint; the defaults of the class where it is silent.
 
     Raises:
-        ValueError: diffusers is not installed, the name is unknown or no model's, or the config does not fit.
+        ValueError: diffusers is not installed, the name is unknown or no model's, or the config holds an unknown key or
+            does not fit.
     """
     try:
         import diffusers
@@ -36,6 +38,13 @@ def create(name: str, config: dict[str, Any] | None = None) -> nn.Module:
         raise ValueError(f"diffusers' {name!r} is no model; inputs are known for {', '.join(_INPUTS)}")
     if config is not None and config.get("_class_name", name) != name:
         raise ValueError(f"the config is for {config['_class_name']}, not for {name}")
+    # from_config itself passes over a key that the class does not know. Those with an underscore say where it is from.
+    valid = [argument for argument in inspect.signature(model_class.__init__).parameters if argument != "self"]
+    unknown = [key for key in config or {} if key not in valid and not key.startswith("_")]
+    if unknown:
+        raise ValueError(
+            f"the config holds what diffusers' {name} does not take: {', '.join(unknown)}; valid are {', '.join(valid)}"
+        )
     try:
         return model_class.from_config(config or {})
     except Exception as error:  # constructors raise what they like on sizes that do not divide

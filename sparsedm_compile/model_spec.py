@@ -87,6 +87,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     """
     from safetensors.torch import load_file
 
+    if path.is_dir():
+        raise IsADirectoryError(f"checkpoint {path} is a folder: name the file of weights in it")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
@@ -126,6 +128,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"config {path} does not exist") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"config {path} is a folder: name the JSON file in it") from None
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"config {path} is not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from sparsedm_compile.atomic_write import write_atomically
 from sparsedm_compile.data_position import RepeatedBatches
 from sparsedm_compile.distributed import of_all_processes, on_first_process, rank_and_world
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.tensor_files import read_metadata, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class TrainingCheckpoints:
             )
         theirs = {name: (tuple(shape), dtype) for name, (shape, dtype) in shapes.items() if name.startswith("model/")}
         ours = {
-            f"model/{name}": (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            f"model/{name}": (tuple(tensor.shape), dtype_name(tensor.dtype))
             for name, tensor in self._parts["model"].state_dict().items()
         }
         for name in sorted(ours.keys() | theirs.keys()):
@@ -226,7 +227,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         # Copied: safetensors takes no two tensors that share memory, as tied weights do.
         value = value.detach()
         tensors[path] = value if isinstance(value, DTensor) else value.to("cpu", copy=True).contiguous()
-        return {"tensor": [path, list(value.shape), str(value.dtype).removeprefix("torch.")]}
+        return {"tensor": [path, list(value.shape), dtype_name(value.dtype)]}
     if isinstance(value, Mapping):
         return {"dict": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):

@@ -22,6 +22,7 @@ from sparsedm_compile.bench_report import (
     replace_between_markers,
     write_results,
 )
+from sparsedm_compile.bench_report.plots import draw_plots
 from sparsedm_compile.bench_report.results import read_folder
 from sparsedm_compile.bench_report.summaries import geometric_mean, summarize_layers, summarize_models
 from sparsedm_compile.bench_report.waterfall import _product, attention_ms, fused_ms, layer_ms, ran_ms, waterfall
@@ -122,7 +123,7 @@ class TestFiles:
         [
             ({"kind": "speeds"}, "unknown kind 'speeds'; there are layers, models"),
             ({"schema": 0}, "schema 0, this version reads 1"),
-            ({"rows": [{"layer": "a"}]}, "row 0 of kind 'layers' lacks batch, threads, dtype, pattern, ratio"),
+            ({"rows": [{"layer": "a"}]}, "row 0 of kind 'layers' lacks batch, threads, pattern, ratio"),
             ({"rows": [layer("a", "2:4", 1.5), layer("a", "2:4", 1.6)]}, "a, 4, 2, float32, 2:4 is there twice"),
             ({"rows": [layer("a", "2:4", 1.5) | {"ratio": None}]}, "ratio is None, not a number"),
             ({"rows": [layer("a", "2:4", 1.5) | {"ratio": float("nan")}]}, "ratio is nan, not a number"),
@@ -134,6 +135,16 @@ class TestFiles:
         with pytest.raises(ValueError, match=message) as raised:
             read_results(path)
         assert "bad.json" in str(raised.value)
+
+    def test_layers_of_before_there_were_dtypes_are_float32(self, tmp_path):
+        path = tmp_path / "old.json"
+        content = results("layers", [layer("a", "2:4", 1.5), layer("a", "2:4", 1.2, dtype="bfloat16")]).to_dict()
+        del content["rows"][0]["dtype"]
+        path.write_text(json.dumps(content))
+        old = read_results(path)
+        assert [row["dtype"] for row in old.rows] == ["float32", "bfloat16"]
+        assert "| linear, bfloat16 |" in page([old])
+        assert not compare([old], [results("layers", [layer("a", "2:4", 1.5)])]).regressions
 
     def test_bad_rows_are_not_written(self, tmp_path):
         with pytest.raises(ValueError, match="lacks"):
@@ -291,6 +302,16 @@ class TestMarkdown:
         # The geometric mean of 0.01 and 0.04 is 0.02.
         assert cells(text, "U", "bfloat16") == ["U", "bfloat16", "2:4", "2", "2.0e-02", "4.0e-02", "b", "1.0e-02"]
 
+    def test_dtypes_of_one_name_are_told_apart(self):
+        half = {"dtype": "bfloat16"}
+        models = [whole("m", "2:4", 2.0), whole("h", "2:4", 4.0) | {"title": "Model m", "dense_ms": 120.0} | half]
+        layers = [layer("a", "2:4", 1.5), layer("a", "2:4", 3.0, **half)]
+        text = page([results("models", models), results("layers", layers)])
+        assert cells(text, "a", "4", "2", "2:4")[4] == "1.50 ± 0.01"
+        assert cells(text, "a, bfloat16", "4", "2", "2:4")[4] == "3.00 ± 0.01"
+        assert cells(text, "Model m", "dense")[-1] == "200.0"
+        assert cells(text, "Model m, bfloat16", "dense")[-1] == "120.0"
+
 
 class TestCompare:
     def test_a_planted_regression_and_no_noise(self):
@@ -341,6 +362,16 @@ class TestCompare:
         assert found.only_new == ("layers: c, batch 4, threads 2, float32, 2:4",)
         with pytest.raises(ValueError, match="none in common"):
             compare(old, [results("models", [whole("m", "2:4", 1.6)])])
+
+    def test_what_was_timed_warm_on_one_side_alone_is_named(self):
+        cold, warm = whole("m", "2:4", 1.6), whole("m", "2:4", 1.7) | {"warm": True}
+        other = whole("n", "2:4", 2.0)
+        found = compare([results("models", [cold, other])], [results("models", [warm, other])])
+        assert found.timed_otherwise == ("models: m, 2:4, threads 2",)
+        assert "timed warm in one of them alone: 1 (models: m, 2:4" in " ".join(str(found).split())
+        for row in (cold | {"warm": False}, cold):
+            assert not compare([results("models", [cold])], [results("models", [row])]).timed_otherwise
+        assert not compare([results("models", [warm])], [results("models", [warm])]).timed_otherwise
 
     def test_a_negative_tolerance(self):
         with pytest.raises(ValueError, match="tolerance must be at least 0, got -1"):
@@ -460,6 +491,14 @@ class TestCommands:
         assert all(f"]({plot})" in text for plot in plots)
         assert (tmp_path / "out" / plots[0]).read_bytes().startswith(b"\x89PNG")
 
+    def test_a_plot_holds_one_dtype(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        rows = [layer("a", "2:4", 1.5), layer("a", "2:4", 3.0, dtype="bfloat16")]
+        machine = {"2": {"gflops": 150.0, "gbytes": 20.0}}
+        drawn = draw_plots([results("layers", rows, machine=machine, name="l.json")], tmp_path)
+        stem = "l_batch4_threads2"
+        assert [path.stem for path in drawn] == [f"ratios_{stem}", f"roofline_{stem}", f"ratios_{stem}_bfloat16"]
+
     def test_report_refuses_before_it_writes(self, folder, tmp_path):
         (tmp_path / "README.md").write_text("no markers")
         done = self.run("report", folder, "--out", tmp_path / "out", "--readme", tmp_path / "README.md")
@@ -487,6 +526,16 @@ class TestCommands:
         done = self.run("compare", folder, elsewhere, "--any-machine")
         assert done.exit_code == 0
         assert "different machines" in " ".join(done.stdout.split())
+
+    def test_compare_wants_one_way_of_timing(self, folder, tmp_path):
+        warm = tmp_path / "warm.json"
+        write_results(warm, results("models", [whole("m", "2:4", 1.6) | {"warm": True}]))
+        for pair in ((folder, warm), (warm, folder)):
+            done = self.run("compare", *pair)
+            assert done.exit_code == 2
+            assert f"{pair[0]} and {pair[1]} alone: models: m, 2:4, threads 2" in done.stderr
+            assert not done.stdout
+        assert self.run("compare", folder, warm, "--any-timing").exit_code == 0
 
     def test_a_missing_file(self, tmp_path):
         done = self.run("compare", tmp_path / "missing.json", tmp_path)

@@ -1,6 +1,8 @@
 """What the benchmarks measure: shapes against numbers known from the models' papers and configs, and time limits."""
 
+import importlib
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,41 @@ def test_error_is_measured_against_float64():
     assert relative_error(conv.spec("dense"), x, weight, out) < 1e-12
     out[0, 3, 2, 2] = math.inf
     assert relative_error(conv.spec("dense"), x, weight, out) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "message"),
+    [
+        ("kernels_cpu", ["--dtypes", "foo"], "--dtypes: unknown dtype 'foo'; valid are float32, bfloat16, float16"),
+        ("kernels_cpu", ["--dtypes", "nn"], "--dtypes: unknown dtype 'nn'"),
+        ("kernels_cpu", ["--batches", "x"], "--batches: 'x' is not a whole number of at least 1"),
+        ("kernels_cpu", ["--batches", "4,"], "--batches: '' is not a whole number"),
+        ("kernels_cpu", ["--threads", "0"], "--threads: '0' is not a whole number of at least 1"),
+        ("kernels_cpu", ["--patterns", "nonsense"], "--patterns: unknown pattern 'nonsense'"),
+        ("kernels_cpu", ["--patterns", "2:4,dense"], "--patterns: dense is what each pattern is held against"),
+        ("kernels_cpu", ["--out", "."], "--out: . is a folder; name a file, such as layers.json"),
+        ("kernels_cpu", ["--out", "file/sub/it.json"], "--out: file/sub cannot be made: Not a directory"),
+        ("fidelity", ["--dtypes", "foo"], "--dtypes: unknown dtype 'foo'"),
+        ("fidelity", ["--patterns", "4:2"], "--patterns: pattern 4:2 keeps 4 of every 2"),
+        ("end_to_end", ["--patterns", "nonsense"], "--patterns: unknown pattern 'nonsense'"),
+    ],
+)
+def test_bad_arguments_are_told_by_argparse(script, given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *given])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 2
+    assert f"{script}.py: error: argument {message}" in capsys.readouterr().err
+
+
+def test_arguments_of_several_values():
+    import arguments
+
+    assert arguments.dtypes("bfloat16,float32,bfloat16") == [torch.bfloat16, torch.float32]
+    assert arguments.patterns("2:4,1:4v4") == ["2:4", "1:4v4"]
+    assert arguments.counts("4,1,4") == [4, 1]
 
 
 class Clock:

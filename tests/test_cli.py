@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,7 +191,8 @@ def refused(result, message):
         (["uvit-s/2", "--config", "missing.json"], "missing.json does not exist"),
         (["uvit-s/2", "--config", "broken.json"], "is not JSON"),
         (["uvit-s/2", "--config", "list.json"], "must hold a JSON object"),
-        (["uvit-s/2", "--config", "unknown.json"], "takes no argument width"),
+        (["uvit-s/2", "--config", "unknown.json"], "takes no argument width; valid are img_size, patch_size"),
+        (["uvit-s/2", "--config", "."], "config . is a folder: name the JSON file in it"),
         (["no_such_module:make"], "No module named 'no_such_module'"),
         (["json:missing"], "has no 'missing'"),
         (["json:decoder"], "not a function"),
@@ -214,12 +216,17 @@ def test_bad_input_is_one_line(run, tmp_path, arguments, message):
         (["diffusers:AutoencoderKL"], "inputs of diffusers' AutoencoderKL are not known"),
         (["diffusers:UNet2DModel", "--config", "other.json"], "the config is for DiTTransformer2DModel"),
         (["diffusers:UNet2DModel", "--config", "odd.json"], "cannot be built from this config"),
+        (
+            ["diffusers:UNet2DModel", "--config", "misspelled.json"],
+            "does not take: smaple_size, width; valid are sample_size",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_diffusers_input_is_one_line(run, tmp_path, arguments, message):
     pytest.importorskip("diffusers")
     (tmp_path / "other.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    (tmp_path / "misspelled.json").write_text('{"_diffusers_version": "0.1", "smaple_size": 32, "width": 3}')
     (tmp_path / "odd.json").write_text(
         '{"block_out_channels": [32], "down_block_types": ["DownBlock2D", "DownBlock2D"]}'
     )
@@ -235,6 +242,7 @@ def test_without_diffusers_the_message_says_what_to_install(run, monkeypatch):
     ("checkpoint", "message"),
     [
         ("missing.safetensors", "does not exist"),
+        (".", "checkpoint . is a folder"),
         ("garbage.safetensors", "not a checkpoint"),
         ("garbage.pth", "not a checkpoint"),
         ("list.pth", "holds list"),
@@ -250,6 +258,70 @@ def test_bad_checkpoints_are_one_line(run, tiny, tmp_path, checkpoint, message):
     save_file({"pos_embed": state["pos_embed"]}, tmp_path / "few.safetensors")
     save_file({**state, "pos_embed": torch.zeros(1, 17, 128)}, tmp_path / "wide.safetensors")
     refused(run("explain", *tiny, "--checkpoint", checkpoint), message)
+
+
+COMMANDS = {
+    "sample": ["sample"],
+    "bench model": ["bench", "model", "digits"],
+    "bench report": ["bench", "report", "results"],
+    "demo": ["demo"],
+    "train": ["train", "digits"],
+    "finetune": ["finetune", "digits"],
+    "quality": ["quality", "digits"],
+}
+FILES = ("sample", "bench model")  # what --out names
+
+
+class TestOut:
+    @pytest.fixture(autouse=True)
+    def places(self, tmp_path, run):  # run: in the working directory
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").write_text("kept")
+        yield
+        assert (tmp_path / "file").read_text() == "kept"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+        assert not list((tmp_path / "folder").iterdir())
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_folder_for_a_file_or_the_reverse(self, run, command):
+        place, told = (
+            ("folder", "is a folder: name a file") if command in FILES else ("file", "is a file: name a folder")
+        )
+        refused(run(*COMMANDS[command], "--out", place), f"--out {place} {told}")
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_below_a_file(self, run, command):
+        message = f"--out file/sub/it: {Path.cwd() / 'file'} is a file, not a folder; choose another path"
+        refused(run(*COMMANDS[command], "--out", "file/sub/it"), message)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_no_permission(self, run, command, monkeypatch):
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write wherever it likes
+        message = f"--out folder/sub/it cannot be written: no permission to write to {Path.cwd() / 'folder'}; choose"
+        refused(run(*COMMANDS[command], "--out", "folder/sub/it"), message)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system that takes no files")
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_system_that_takes_no_file_is_told_in_one_line(run, command):
+    refused(run(*COMMANDS[command], "--out", "/proc/none/run"), "choose another path")
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line_behind_the_figures(run, tiny, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "tiny.part")
+
+    module = sys.modules["sparsedm_compile.cli.bench"]  # by its dotted name, pytest finds the command of that name
+    report = SimpleNamespace(to_dict=lambda: {"patterns": ["2:4"]})
+    for name, stand_in in (("bench_model", lambda *_, **__: report), ("model_results", lambda *_: None)):
+        monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setattr(module, "write_results", full)
+    result = run("bench", "model", *tiny, "--out", "tiny.json", "--json")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "error: tiny.part: No space left on device; choose another path, or see to this one"
+    )
+    assert json.loads(result.stdout) == report.to_dict()
 
 
 def test_the_installed_command_runs(tmp_path):

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from sparsedm_compile.cli import app
+from sparsedm_compile.explain import Explanation
 from sparsedm_compile.model_spec import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,19 @@ def test_commands_are_spelled_right(command):
     name, *arguments = shlex.split(command)
     click_command = typer.main.get_command(app).commands[name]
     click_command.make_context(name, arguments)  # parses, and runs nothing
+
+
+def test_the_sample_of_explain_is_what_it_prints():
+    (sample,) = re.findall(r"```\n(layer .*?)```", README, flags=re.DOTALL)
+    header, *lines, _, _ = sample.strip().splitlines()
+    columns = [column.header for column in Explanation((), 1, "inference").__rich__().columns]
+    assert re.split(r"  +", header) == columns
+    begins = [header.index(column) for column in columns]
+    rows = [[line[a:b].strip() for a, b in zip(begins, [*begins[1:], None], strict=True)] for line in lines]
+    assert {" + ".join(kernel.split(" + ")[1:]) for *_, kernel, _, _, _ in rows} == {"", "gelu", "residual"}
+    model = load_model("digits").model
+    for name, _, shape, *_ in rows:
+        assert shape == " x ".join(map(str, model.get_submodule(name).weight.shape))
 
 
 def test_named_results_and_scripts_exist():

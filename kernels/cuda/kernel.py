@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels.cuda import build
 from sparsedm_compile.kernels.cuda.launch import Boxed, Program, chip, launch
 from sparsedm_compile.kernels.cuda.tiles import Tile, choose_tile
@@ -39,7 +40,7 @@ class CudaKernel(Kernel):
         if spec.device != "cuda":
             return f"the cuda kernel does not run on {spec.device}"
         if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"the cuda kernel takes bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
+            return f"the cuda kernel takes bfloat16 and float16, not {dtype_name(spec.dtype)}"
         if spec.op == "conv3d":
             return "the cuda kernel takes convolutions of one and two dimensions, not three"
         dims = {"linear": 2, "conv2d": 4}[spec.op]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels.cusparselt.algorithms import NONE, Algorithms, Problem
 from sparsedm_compile.kernels.reference.kernel import apply_epilogue
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
@@ -34,7 +35,7 @@ class CuSparseLtKernel(Kernel):
         if spec.device != "cuda":
             return f"cuSPARSELt does not run on {spec.device}"
         if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"cuSPARSELt runs bfloat16 and float16 here, not {str(spec.dtype).removeprefix('torch.')}"
+            return f"cuSPARSELt runs bfloat16 and float16 here, not {dtype_name(spec.dtype)}"
         refusal = carry_refusal(spec.pattern, spec.weight_shape, spec.groups)
         if refusal is not None:
             return refusal

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels.reference.kernel import apply_epilogue
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 from sparsedm_compile.masked_weight import mask_out
@@ -30,7 +31,7 @@ class OneDnnKernel(Kernel):
             return "runs on the CPU only"
         if not torch.backends.mkldnn.is_available():
             return "this torch was built without oneDNN"
-        dtype = str(spec.dtype).removeprefix("torch.")
+        dtype = dtype_name(spec.dtype)
         if not _multiplies(spec.dtype):
             return f"oneDNN has no fast {dtype} on this processor"
         if spec.op != "linear" and spec.dtype != torch.float32:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 
 #: 0, 1, 2, 3 in the kernels: a branch on a compile-time number costs nothing.
@@ -34,8 +35,8 @@ def machine_refusal(spec: LayerSpec, dtypes: tuple[torch.dtype, ...]) -> str | N
     if not is_installed():
         return "triton is not installed: pip install triton"
     if spec.dtype not in dtypes:
-        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"takes {names}, not {str(spec.dtype).removeprefix('torch.')}"
+        names = " and ".join(dtype_name(dtype) for dtype in dtypes)
+        return f"takes {names}, not {dtype_name(spec.dtype)}"
     if interpreting():
         return None
     if spec.device != "cuda":

@@ -38,6 +38,7 @@ class Comparison(RichText):
         changes: of every measurement that both sets hold.
         only_old, only_new: names of the measurements that one of them lacks.
         machines: the two where they differ, else empty.
+        timed_otherwise: names of the measurements that are marked as timed warm in one set alone.
         tolerance: relative.
     """
 
@@ -45,6 +46,7 @@ class Comparison(RichText):
     only_old: tuple[str, ...]
     only_new: tuple[str, ...]
     machines: tuple[str, ...]
+    timed_otherwise: tuple[str, ...]
     tolerance: float
 
     @property
@@ -64,7 +66,9 @@ class Comparison(RichText):
         ]
         for names, where in ((self.only_old, "old"), (self.only_new, "new")):
             if names:
-                notes.append(f"only in {where}: {len(names)} ({', '.join(names[:3])}{', ...' if names[3:] else ''})")
+                notes.append(f"only in {where}: {_few(names)}")
+        if self.timed_otherwise:
+            notes.append(f"timed warm in one of them alone: {_few(self.timed_otherwise)}")
         if self.machines:
             notes.append(f"different machines: {' against '.join(self.machines)}")
         table = Table(title="regressions", caption="; ".join(notes))
@@ -81,7 +85,8 @@ def compare(old: Sequence[Results], new: Sequence[Results], *, tolerance: float 
 
     A change counts where it exceeds ``tolerance`` plus half of each side's interquartile range (relative to the old
     figure). Ratios are compared, where there are any, not times: they were taken in turn with dense, so that a machine
-    that is slower today is no regression.
+    that is slower today is no regression. Ratios taken warm (each timed call right after one of the same model) and
+    others differ by what the caches hold, whatever the code: ``timed_otherwise`` names such pairs.
 
     Raises:
         ValueError: ``tolerance`` is negative, or the sets have no measurement in common.
@@ -98,6 +103,7 @@ def compare(old: Sequence[Results], new: Sequence[Results], *, tolerance: float 
         only_old=tuple(name for name in before if name not in after),
         only_new=tuple(name for name in after if name not in before),
         machines=machines if len(machines) > 1 else (),
+        timed_otherwise=tuple(name for name in both if _warm(before[name]) != _warm(after[name])),
         tolerance=tolerance,
     )
 
@@ -119,6 +125,14 @@ def _change(name: str, old: tuple[str, Row], new: tuple[str, Row], tolerance: fl
     change = (before - after if kind.lower_is_better else after - before) / base
     spread = (old[1]["spread"] + new[1]["spread"]) / 2 / base
     return Change(old[0], name, before, after, change, tolerance + kind.slack + spread)
+
+
+def _warm(measurement: tuple[str, Row]) -> bool:
+    return bool(measurement[1].get("warm", False))
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
 
 
 def _machine(results: Results) -> str:

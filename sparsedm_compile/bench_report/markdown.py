@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsedm_compile.bench_report.results import Results, Row, of_kind
-from sparsedm_compile.bench_report.summaries import geometric_mean, summarize_layers, summarize_models
+from sparsedm_compile.bench_report.summaries import geometric_mean, summarize_layers, summarize_models, with_dtype
 from sparsedm_compile.bench_report.waterfall import PARTS
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -109,7 +109,7 @@ def _model_table(models: Sequence[Results]) -> str:
             rows = {r["pattern"]: r for r in results.rows if (r["case"], r["threads"]) == (case, threads)}
             first = next(iter(rows.values()))
             cells = [ratio(rows[pattern]) if pattern in rows else "" for pattern in patterns]
-            lines.append([first["title"], _ms(first["dense_ms"]), *cells, f"`{results.name}`"])
+            lines.append([with_dtype(first["title"], first), _ms(first["dense_ms"]), *cells, f"`{results.name}`"])
     return table(["model", "dense", *patterns, "file in `bench/results/`"], lines)
 
 
@@ -134,7 +134,7 @@ def _models(models: Sequence[Results]) -> list[str]:
     ]
     details = [
         [
-            row["title"],
+            with_dtype(row["title"], row),
             row["pattern"],
             _ms(row["ms"]),
             row["dense"],
@@ -162,8 +162,8 @@ def _waterfall_note() -> str:
 
 def _waterfalls(rows: Sequence[Row]) -> str:
     lines = []
-    for title in _ordered(row["title"] for row in rows):
-        group = [row for row in rows if row["title"] == title]
+    for title in _ordered(with_dtype(row["title"], row) for row in rows):
+        group = [row for row in rows if with_dtype(row["title"], row) == title]
         falls = [("dense", group[0]["waterfall"]["dense"], group[0]["dense_ms"])]
         falls += [(row["pattern"], row["waterfall"]["sparse"], row["ms"]) for row in group]
         for name, fall, total in falls:
@@ -175,9 +175,9 @@ def _agreement(rows: Sequence[Row]) -> list[str]:
     """Whether the layers' times, as ``explain`` tells them, say what the whole model gains."""
     lines = []
     for row in rows:
-        off = row["explained_ms"] / row["ms"] - 1
+        title, off = with_dtype(row["title"], row), row["explained_ms"] / row["ms"] - 1
         verdict = "within" if abs(off) <= _AGREEMENT else "**beyond**"
-        lines.append([row["title"], row["pattern"], _ms(row["ms"]), _ms(row["explained_ms"]), f"{off:+.0%}", verdict])
+        lines.append([title, row["pattern"], _ms(row["ms"]), _ms(row["explained_ms"]), f"{off:+.0%}", verdict])
     header = ["model", "pattern", "measured", "explained", "off", f"{_AGREEMENT:.0%}"]
     return [
         "Explained: the dense total, with each layer's time in the dense graph scaled by what explain says that the "
@@ -213,7 +213,7 @@ def _layers(layers: Sequence[Results]) -> list[str]:
     ]
     lines = [
         [
-            row["layer"],
+            with_dtype(row["layer"], row),
             str(row["batch"]),
             str(row["threads"]),
             row["pattern"],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsedm_compile.bench_report.results import Results, Row, of_kind
+from sparsedm_compile.bench_report.summaries import with_dtype
 from sparsedm_compile.bench_report.waterfall import PARTS
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ def draw_plots(results: Sequence[Results], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
     for one in of_kind(results, "layers"):
-        for batch, threads in dict.fromkeys((row["batch"], row["threads"]) for row in one.rows):
-            rows = [row for row in one.rows if (row["batch"], row["threads"]) == (batch, threads)]
+        settings = ("batch", "threads", "dtype")
+        for setting in dict.fromkeys(tuple(row[key] for key in settings) for row in one.rows):
+            rows = [row for row in one.rows if tuple(row[key] for key in settings) == setting]
+            batch, threads, dtype = setting
             name = f"{Path(one.name).stem}_batch{batch}_threads{threads}"
-            figures[f"ratios_{name}"] = _ratios(Figure, rows, f"batch {batch}, {threads} threads")
-            if peak := one.machine.get(str(threads)):
-                figures[f"roofline_{name}"] = _roofline(Figure, rows, peak, f"batch {batch}, {threads} threads")
+            name, title = name if dtype == "float32" else f"{name}_{dtype}", f"batch {batch}, {threads} threads"
+            figures[f"ratios_{name}"] = _ratios(Figure, rows, with_dtype(title, rows[0]))
+            # The peak is that of a product in float32, which is no roof over other dtypes.
+            if (peak := one.machine.get(str(threads))) and dtype == "float32":
+                figures[f"roofline_{name}"] = _roofline(Figure, rows, peak, title)
     split = [row for one in of_kind(results, "models") for row in one.rows if row.get("waterfall")]
     if split:
         figures["waterfall"] = _waterfall(Figure, split)
@@ -97,8 +102,8 @@ def _roofline(new_figure: type, rows: list[Row], peak: dict[str, float], title: 
 
 def _waterfall(new_figure: type, rows: list[Row]) -> "Figure":
     bars: list[tuple[str, dict[str, Any], float]] = []
-    for title in dict.fromkeys(row["title"] for row in rows):
-        group = [row for row in rows if row["title"] == title]
+    for title in dict.fromkeys(with_dtype(row["title"], row) for row in rows):
+        group = [row for row in rows if with_dtype(row["title"], row) == title]
         total = group[0]["dense_ms"]
         bars.append((f"{title}, dense", group[0]["waterfall"]["dense"], total))
         bars += [(f"{title}, {row['pattern']}", row["waterfall"]["sparse"], total) for row in group]

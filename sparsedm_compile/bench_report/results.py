@@ -24,6 +24,7 @@ class Kind:
         lower_is_better: of the measure.
         slack: relative change that means nothing, on top of what the caller of :func:`compare` tolerates.
         also: further fields that every row has.
+        defaults: fields that earlier versions did not write, and what they stood for: read where a row lacks them.
     """
 
     keys: tuple[str, ...]
@@ -31,6 +32,7 @@ class Kind:
     lower_is_better: bool = False
     slack: float = 0.0
     also: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
 
 
 #: kind of a file -> its rows. Times are in ms, rates in 1e9/s; ``ratio`` is dense over sparse time, paired.
@@ -40,6 +42,7 @@ KINDS = {
         ("layer", "batch", "threads", "dtype", "pattern"),
         "ratio",
         also=("op", "input_rows", "ms", "dense", "dense_ms", "gflops", "dense_gflops", "bytes", "error", "uses"),
+        defaults=(("dtype", "float32"),),
     ),
     # One model: the backend against the faster of Inductor and Inductor with freezing.
     "models": Kind(
@@ -124,6 +127,10 @@ def read_results(path: Path) -> Results:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     results = Results(**{part: content[part] for part in parts}, name=path.name)
+    if results.kind in KINDS:
+        for row in results.rows:
+            for name, value in KINDS[results.kind].defaults:
+                row.setdefault(name, value)
     _check(results, str(path))
     return results
 

@@ -31,10 +31,11 @@ def group(row: Row) -> str:
     name = "conv"
     if row["op"] == "linear":
         name = "linear" if row["input_rows"] >= _FEW else f"linear, under {_FEW} rows"
-    return _with_dtype(name, row)
+    return with_dtype(name, row)
 
 
-def _with_dtype(name: str, row: Row) -> str:
+def with_dtype(name: str, row: Row) -> str:
+    """``name``, followed by the dtype of ``row`` unless that is float32."""
     return name if row["dtype"] == "float32" else f"{name}, {row['dtype']}"
 
 
@@ -96,7 +97,7 @@ def summarize_models(rows: Iterable[Row]) -> list[LayersOfModel]:
     grouped: dict[tuple, list[tuple[int, Row]]] = defaultdict(list)
     for row in rows:
         for model, count in row["uses"].items():
-            grouped[_with_dtype(model, row), row["pattern"], row["batch"], row["threads"]].append((count, row))
+            grouped[with_dtype(model, row), row["pattern"], row["batch"], row["threads"]].append((count, row))
     summaries = []
     for key, members in grouped.items():
         dense = sum(count * row["dense_ms"] for count, row in members)

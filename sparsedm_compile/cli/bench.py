@@ -22,7 +22,9 @@ from sparsedm_compile.cli.common import (
     RuleOption,
     SeedOption,
     ThreadsOption,
+    check_place,
     fail,
+    file_errors,
     parse_rules,
     result_only,
     set_up,
@@ -56,6 +58,8 @@ def model(
     patterns, rules = pattern or ["2:4"], {}
     with result_only(as_json), stderr.status("loading") as status:
         with user_errors():
+            if out is not None:
+                check_place("--out", out)
             rules = parse_rules(rule)
             loaded = load_model(model, batch=batch, config=config, checkpoint=checkpoint)
             for one in patterns:
@@ -73,9 +77,10 @@ def model(
             name=loaded.name,
             progress=status.update,
         )
-    if out is not None:
-        write_results(out, model_results(report, out.stem, f"{loaded.name}, batch {batch or 1}, policy {policy}"))
     show(report, as_json)
+    if out is not None:
+        with file_errors():
+            write_results(out, model_results(report, out.stem, f"{loaded.name}, batch {batch or 1}, policy {policy}"))
 
 
 @bench.command()
@@ -91,6 +96,7 @@ def report(
 ) -> None:
     """Render results as a Markdown page with plots, and as the README's table; from the files alone."""
     with user_errors():
+        check_place("--out", out, folder=True)
         found, others = read_folder(results)
         text = None if readme is None else replace_between_markers(readme.read_text(), readme_block(found))
         out.mkdir(parents=True, exist_ok=True)
@@ -110,6 +116,9 @@ def compare(
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Another.")],
     tolerance: Annotated[float, typer.Option("--tolerance", help="Relative change that is none.")] = 0.03,
     any_machine: Annotated[bool, typer.Option("--any-machine", help="Compare across machines all the same.")] = False,
+    any_timing: Annotated[
+        bool, typer.Option("--any-timing", help="Compare times taken warm with others all the same.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List what got worse beyond tolerance and spread; exit status 1 if anything did."""
@@ -119,6 +128,13 @@ def compare(
         raise fail(
             f"measured on different machines ({' against '.join(comparison.machines)}), which says nothing about the "
             "code; --any-machine compares all the same"
+        )
+    if comparison.timed_otherwise and not any_timing:
+        first, *others = comparison.timed_otherwise
+        more = f" and {len(others)} more" if others else ""
+        raise fail(
+            f"marked as timed warm in one of {old} and {new} alone: {first}{more}, which says nothing about the code; "
+            "measure the other one again with this version, or pass --any-timing to compare all the same"
         )
     show(comparison, as_json)
     raise typer.Exit(1 if comparison.regressions else 0)

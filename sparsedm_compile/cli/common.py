@@ -1,6 +1,7 @@
 """What the commands share: their arguments, one-line errors, and a stdout that holds the result alone."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -64,7 +65,50 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise fail(str(error)) from error
+        raise fail(_told(error)) from error
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """A file that cannot be written (no permission, a full disk) ends the command in one line.
+
+    For what computes and writes what it computed: any other exception is a bug and looks like one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise fail(_told(error)) from error
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # as the system words it
+        return f"{error.filename}: {error.strerror}; choose another path, or see to this one"
+    return str(error)
+
+
+def check_place(option: str, path: Path, *, folder: bool = False) -> None:
+    """Refuse a place for results before anything is computed for it. Nothing is made there yet.
+
+    Args:
+        option: what the user wrote it behind.
+        path: of the file to write or, with ``folder``, of the folder to fill.
+
+    Raises:
+        OSError: a folder where a file should be or the reverse, or no permission to write.
+    """
+    if path.is_dir() and not folder:
+        raise IsADirectoryError(f"{option} {path} is a folder: name a file, in it or elsewhere")
+    if path.exists() and not path.is_dir() and folder:
+        raise NotADirectoryError(f"{option} {path} is a file: name a folder")
+    standing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if standing != path and not standing.is_dir():
+        raise NotADirectoryError(f"{option} {path}: {standing} is a file, not a folder; choose another path")
+    needed = os.W_OK | (os.X_OK if standing.is_dir() else 0)
+    if not os.access(standing, needed):
+        raise PermissionError(
+            f"{option} {path} cannot be written: no permission to write to {standing}; choose another path, or change "
+            "the permissions"
+        )
 
 
 @contextmanager

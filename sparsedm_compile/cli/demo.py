@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from sparsedm_compile.cli.common import JsonOption, SeedOption, ThreadsOption, result_only, set_up, show, user_errors
+from sparsedm_compile.cli.common import (
+    JsonOption,
+    SeedOption,
+    ThreadsOption,
+    check_place,
+    result_only,
+    set_up,
+    show,
+    user_errors,
+)
 from sparsedm_compile.demo import run_demo
 
 
@@ -19,5 +28,6 @@ def demo(
     """Make a small pretrained U-ViT 2:4 sparse, fine-tune, compile and sample it; compare with dense. A few minutes."""
     set_up(seed, threads)
     with result_only(as_json), user_errors():
+        check_place("--out", out, folder=True)
         result = run_demo(out, seconds=seconds, seed=seed)
     show(result, as_json)

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from sparsedm_compile.cli.common import JsonOption, ThreadsOption, fail, result_only, set_up, show, user_errors
+from sparsedm_compile.cli.common import (
+    JsonOption,
+    ThreadsOption,
+    check_place,
+    fail,
+    file_errors,
+    result_only,
+    set_up,
+    show,
+    user_errors,
+)
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe, or a path to a .toml file.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of the recipe's data files.")]
@@ -28,7 +38,8 @@ def train(
 ) -> None:
     """Train the dense model of a recipe, or go on where it was stopped."""
     workspace, images = _open(recipe, out, data, threads, device, tensorboard)
-    workspace.dense(images, train=True)
+    with file_errors():
+        workspace.dense(images, train=True)
     typer.echo(f"{out / 'dense.safetensors'}")
 
 
@@ -47,7 +58,8 @@ def finetune(
         rows = _rows(workspace, row)
         workspace.dense(images, train=False)
     for one in rows:
-        workspace.row(one, images, make=True)
+        with file_errors():
+            workspace.row(one, images, make=True)
         typer.echo(f"{one.name}: {out / 'rows' / one.file}.safetensors")
 
 
@@ -82,7 +94,7 @@ def quality(
     from sparsedm_compile.recipes.workspace import write_json
 
     workspace, images = _open(recipe, out, data, threads, device)
-    with result_only(as_json), _processes():
+    with result_only(as_json), file_errors(), _processes():
         with user_errors():
             rows = _rows(workspace, None if row is None else [name for name in row if name != DENSE_ROW])
             workspace.dense(images, train=False)
@@ -117,6 +129,7 @@ def _open(recipe: str, out: Path, data: Path | None, threads: int | None, device
 
     with user_errors():
         loaded = load_recipe(recipe)
+        check_place("--out", out, folder=True)
         set_up(loaded.seed, threads)
         images = load_images(loaded.data, data)
         with torch.device("meta"):

@@ -17,6 +17,7 @@ from sparsedm_compile.cli.common import (
     RuleOption,
     SeedOption,
     ThreadsOption,
+    check_place,
     parse_rules,
     result_only,
     set_up,
@@ -75,6 +76,7 @@ def sample(
     set_up(seed, threads)
     with result_only(as_json), stderr.status("loading") as status:
         with user_errors():
+            check_place("--out", out)
             pattern = str(Pattern.parse(pattern))
             loaded = load_model(model, checkpoint=checkpoint, config=config)
             condition = _condition(loaded, checkpoint, label, count)

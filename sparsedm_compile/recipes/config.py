@@ -203,6 +203,8 @@ def load_recipe(name_or_path: str) -> Recipe:
                 f"recipe {path} does not exist; a recipe is a TOML file, or one of those that come with the package: "
                 f"{', '.join(recipe_names())}"
             )
+        if path.is_dir():
+            raise IsADirectoryError(f"recipe {path} is a folder: name the TOML file in it")
         text, name = path.read_text(), path.stem
     elif name_or_path in recipe_names():
         text, name = (_packaged() / f"{name_or_path}.toml").read_text(), name_or_path

@@ -1,5 +1,8 @@
 """swap_kernels: packed weights as inputs, looked up by weight; dense where no kernel can."""
 
+import logging
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,17 @@ def test_a_kernel_of_one_pixel_answers_as_the_input_lies(lower, targets, kernel)
     assert output.stride() == want.stride() == (2048, 64, 8, 1)
     assert len(targets(lowering)) == 1  # no copy of the input
     torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "skipping"), [("cpu", 2), ("dense", 0)])
+def test_a_compilation_is_heard_of_before_and_after(lower, caplog, capsys, kernel, skipping):
+    model = sparse(nn.Linear(32, 32), nn.Linear(32, 32))
+    with caplog.at_level(logging.INFO, "sparsedm_compile.passes.swap_kernels"):
+        lower(model, [torch.randn(2, 32)], PASSES, kernel=kernel)
+    first, last = (record.getMessage() for record in caplog.records if record.name.endswith(".swap_kernels"))
+    assert first.startswith("measuring kernels for 2 layers")
+    assert re.fullmatch(rf"2 layers measured and packed in \d+\.\d s, {skipping} of them sparse; now Inductor", last)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])

@@ -275,6 +275,25 @@ def test_a_recipe_file_that_does_not_exist(tmp_path, command):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "finetune", "quality"])
+def test_a_recipe_path_that_is_a_folder(tmp_path, command):
+    (tmp_path / "mine.toml").mkdir()
+    result = CliRunner().invoke(app, [command, str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert result.output == f"error: recipe {tmp_path / 'mine.toml'} is a folder: name the TOML file in it\n"
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "dense.safetensors")
+
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    monkeypatch.setattr("sparsedm_compile.recipes.workspace.save_sparse", full)
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "error: dense.safetensors: No space left on device; choose another path" in result.output
+
+
 def test_errors(made):
     result = made("finetune", "--row", "nothing")
     assert result.exit_code == 2
