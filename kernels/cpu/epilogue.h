@@ -1,54 +1,9 @@
-// What follows the sums: activation in place, then the way out, where the residual is added.
+// The way out of finished sums, where the residual is added.
 #pragma once
 
-// ATen's vectors choose their width by these, as torch's own build sets them for each of its copies.
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#define CPU_CAPABILITY AVX512
-#define CPU_CAPABILITY_AVX512
-#elif defined(__AVX2__) && defined(__FMA__)
-#define CPU_CAPABILITY AVX2
-#define CPU_CAPABILITY_AVX2
-#else
-#define CPU_CAPABILITY DEFAULT
-#define CPU_CAPABILITY_DEFAULT
-#endif
-#include <ATen/cpu/vec/vec.h>
-
-#include "layout.h"
+#include "half.h"
 
 namespace sparsedm {
-
-enum Activation : int64_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kGeglu = 4 };
-
-template <class Function>
-inline void map(float* data, int64_t size, Function f) {
-  using V = at::vec::Vectorized<float>;
-  int64_t i = 0;
-  for (; i + V::size() <= size; i += V::size()) f(V::loadu(data + i)).store(data + i);
-  if (i < size) f(V::loadu(data + i, size - i)).store(data + i, size - i);
-}
-
-inline void activate(float* data, int64_t size, Activation activation) {
-  using V = at::vec::Vectorized<float>;
-  const V half(0.5f), one(1.0f);
-  switch (activation) {
-    case kNone:
-    case kGeglu: return;  // of two channels: see apply_gates
-    case kGelu:
-      return map(data, size, [&](V x) { return half * x * (one + (x * V(0.70710678118654752f)).erf()); });
-    case kGeluTanh:
-      return map(data, size, [&](V x) {
-        return half * x * (one + (V(0.79788456080286536f) * (x + V(0.044715f) * x * x * x)).tanh());
-      });
-    case kSilu: return map(data, size, [&](V x) { return x / (one + x.neg().exp()); });
-  }
-}
-
-// values *= gelu(gates), in whole registers; overwrites the gates.
-inline void apply_gates(float* values, float* gates, int64_t size) {
-  activate(gates, size, kGelu);
-  for (int64_t i = 0; i < size; i += kWidth) store(values + i, load(values + i) * load(gates + i));
-}
 
 // Finished sums of a run of tokens: data[channel - channel0][token - token0], rows `stride` floats apart.
 struct Sums {

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "activation.h"
 #include "epilogue.h"
 #include "product.h"
 #include "scratch.h"
