@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from sparsedm_compile.cli.common import check_place
 from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.pattern import Pattern
 
@@ -40,12 +41,10 @@ def counts(text: str) -> list[int]:
 
 
 def file_to_write(text: str) -> Path:
-    """A path whose folder is made here, so that what stands in the way is told before the minutes of timing."""
+    """A path at which nothing stands in the way of a file: told before the minutes of timing. Nothing is made yet."""
     path = Path(text)
-    if path.is_dir():
-        raise ArgumentTypeError(f"{path} is a folder; name a file, such as {path / 'layers.json'}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_place("the path", path)
     except OSError as error:
-        raise ArgumentTypeError(f"{path.parent} cannot be made: {error.strerror}; name another file") from error
+        raise ArgumentTypeError(str(error)) from error
     return path

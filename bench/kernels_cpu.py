@@ -194,6 +194,7 @@ def main() -> None:
         measured, refusals = measure(case, options.patterns, seconds, machine[str(case.threads)]["gflops"])
         rows += measured
         left_out += [{"what": case.name, "why": refusal} for refusal in refusals]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_results(options.out, Results("layers", rows, machine=machine, left_out=[*left_out, *budget.left_out]))
     console.print(summary(rows))
     console.print(f"{len(wanted) - len(budget.left_out)} of {len(wanted)} measured; the rest is named in {options.out}")

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsedm_compile.bench_report.graph_times import graph_layer_ms, kernel_share, profile_calls
 from sparsedm_compile.bench_report.waterfall import attention_ms, fused_ms, layer_ms, ran_ms
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.explain import LayerReport, explain
 from sparsedm_compile.layers import sparse_layers
 from sparsedm_compile.macs import count_macs
@@ -255,7 +256,7 @@ def bench_model(
     return BenchReport(
         model=name or type(model).__name__,
         shapes=tuple(tuple(t.shape) for t in tree_leaves((tuple(inputs), kwargs)) if isinstance(t, Tensor)),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=dtype_name(next(model.parameters()).dtype),
         policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "custom"),
         threads=torch.get_num_threads(),
         dense_ms=dense_ms,

@@ -13,5 +13,6 @@ runtime() { "$cxx" -print-file-name="$1"; }
 : "${PYTHON:=.venv/bin/python}"
 export SPARSEDM_CPU_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1
-[ $# -gt 0 ] || set -- -q -m "" tests/kernels/test_fuzz.py tests/kernels/test_cpu_kernel.py tests/kernels/test_cpu_checksum.py
+tests=tests/kernels
+[ $# -gt 0 ] || set -- -q -m "" $tests/test_fuzz.py $tests/test_cpu_kernel.py $tests/test_cpu_shared_rows.py $tests/test_cpu_checksum.py
 LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" exec "$PYTHON" -P -m pytest --capture=no "$@"

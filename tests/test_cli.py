@@ -300,6 +300,12 @@ class TestOut:
         message = f"--out folder/sub/it cannot be written: no permission to write to {Path.cwd() / 'folder'}; choose"
         refused(run(*COMMANDS[command], "--out", "folder/sub/it"), message)
 
+    @pytest.mark.parametrize("command", FILES)
+    def test_a_file_that_may_be_written_in_a_folder_that_may_not(self, run, command, monkeypatch):
+        """It is written beside its place first."""
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path).is_file())
+        refused(run(*COMMANDS[command], "--out", "file"), f"no permission to write to {Path.cwd()}; choose")
+
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system that takes no files")
 @pytest.mark.parametrize("command", ["train", "sample"])
@@ -322,6 +328,19 @@ def test_a_disk_that_fills_up_is_told_in_one_line_behind_the_figures(run, tiny, 
         "error: tiny.part: No space left on device; choose another path, or see to this one"
     )
     assert json.loads(result.stdout) == report.to_dict()
+
+
+def test_what_fails_in_the_computing_looks_like_a_bug(run, tiny, monkeypatch):
+    def no_compiler(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory", "g++")
+
+    monkeypatch.setattr(sys.modules["sparsedm_compile.cli.bench"], "write_results", no_compiler)
+    module = sys.modules["sparsedm_compile.cli.bench"]
+    report = SimpleNamespace(to_dict=dict)
+    for name, stand_in in (("bench_model", lambda *_, **__: report), ("model_results", lambda *_: None)):
+        monkeypatch.setattr(module, name, stand_in)
+    result = run("bench", "model", *tiny, "--out", "tiny.json", "--json")
+    assert isinstance(result.exception, FileNotFoundError)
 
 
 def test_the_installed_command_runs(tmp_path):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparsedm_compile.dtypes import dtype_name
 from sparsedm_compile.kernels.cpu import build
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 
@@ -34,7 +35,7 @@ class CpuKernel(Kernel):
         if spec.device != "cpu":
             return f"the cpu kernel does not run on {spec.device}"
         if spec.dtype not in _DTYPES:
-            return f"the cpu kernel takes float32, bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
+            return f"the cpu kernel takes float32, bfloat16 and float16, not {dtype_name(spec.dtype)}"
         if spec.pattern.is_dense:
             return "the pattern is dense"
         if spec.groups != 1:

@@ -99,8 +99,18 @@ struct SharedRows {
     int64_t phase;    // along y, an index into Phases::kept
     int64_t element;  // of the phase, from the panel's first row on
   };
-  std::vector<Row> rows;            // of one channel: what each register of the panel holds, for the first of its outputs
-  std::vector<int64_t> tap_row;     // of each tap (z, y, x): the first register that it reads
+  std::vector<Row> rows;         // of one channel: what each register of the panel holds, for the first of its outputs
+  std::vector<int64_t> tap_row;  // of each tap (z, y, x): the first register that it reads
+
+  SharedRows() = default;
+
+  // How many rows there would be.
+  static int64_t count(const KernelAxes& axes, int64_t registers) {
+    const Phases y(axes[1]);
+    int64_t rows = 0;
+    for (int64_t phase = 0; phase < y.count(); ++phase) rows += registers + y.span(phase);
+    return axes[0].size * axes[2].size * rows;
+  }
 
   SharedRows(const KernelAxes& axes, int64_t registers) {
     const Phases y(axes[1]);
@@ -128,6 +138,7 @@ struct Layout {
   int64_t taps;      // of the convolution kernel, 1 for linear
   int64_t step;      // rows that one multiplication takes; the rows of each loop are a multiple of it
   int64_t together;  // channels per group: 2 or 4
+  int64_t registers; // of tokens, in the largest panel
   int64_t row_bytes; // from one row of a panel to the next; where taps share a panel, from one channel to the next
   int64_t blocks;
   SharedRows shared; // empty where every tap has rows of its own
@@ -136,17 +147,16 @@ struct Layout {
   Layout(int64_t n_, int64_t m_, int64_t v_, int64_t out_, int64_t channels_, const KernelAxes& axes, Panel)
       : n(n_), m(m_), v(v_), out(out_), channels(channels_), taps(axes[0].size * axes[1].size * axes[2].size),
         step(kStep<Panel>), together(v_ >= 4 ? kMostTogether : 2),
-        shared(axes, together == 4 ? Tile<4, Panel>::registers : Tile<2, Panel>::registers) {
+        registers(together == 4 ? Tile<4, Panel>::registers : Tile<2, Panel>::registers) {
     row_bytes = together == 4 ? Tile<4, Panel>::row_bytes : Tile<2, Panel>::row_bytes;
     const int64_t rows = together == 4 ? Tile<4, Panel>::rows : Tile<2, Panel>::rows;
     int64_t most = std::max<int64_t>(rows / m / step, 1);
-    const int64_t shared_bytes = static_cast<int64_t>(shared.rows.size()) * kBytes;
+    const int64_t shared_bytes = SharedRows::count(axes, registers) * kBytes;
     const int64_t most_shared = kSharedBytes / shared_bytes / m / step;
     if (shared_bytes < taps * row_bytes && most_shared > 0) {
+      shared = SharedRows(axes, registers);
       most = most_shared;
       row_bytes = shared_bytes;
-    } else {
-      shared.rows.clear();
     }
     blocks = (portions() + most - 1) / most;
   }

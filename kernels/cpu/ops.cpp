@@ -52,6 +52,8 @@ const char* name_of(at::ScalarType dtype) {
 // Of a linear layer, which has neither stride nor dilation, or of a convolution of two or three dimensions.
 Layout layout_of(at::IntArrayRef weight_shape, int64_t n, int64_t m, int64_t v, at::IntArrayRef stride,
                  at::IntArrayRef dilation, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(weight_shape.size() >= 2 && weight_shape.size() <= 5, "weight: want 2 to 5 dimensions, got ",
+                    weight_shape);
   const size_t dims = weight_shape.size() - 2;
   TORCH_CHECK_VALUE(stride.size() == dims && dilation.size() == dims, "stride ", stride, " and dilation ", dilation,
                     ": want ", dims, " numbers each for a weight of shape ", weight_shape);
@@ -169,7 +171,16 @@ Window window_of(const Tensor& x, at::IntArrayRef weight_shape, at::IntArrayRef 
 }
 
 // A padded image up to this size is kept between calls, one for each thread that calls.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kKeptBytes = 0;  // so that a read past an image is one past its allocation
+#else
 constexpr int64_t kKeptBytes = 16 << 20;
+#endif
+
+Scratch& kept_image() {
+  static thread_local Scratch kept;
+  return kept;
+}
 
 // Of two or three dimensions, as the weight's shape says.
 Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
@@ -198,7 +209,6 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
 
   with_element(x.scalar_type(), [&]<class T>(T) {
     Planes<T> planes(window);
-    static thread_local Scratch kept;
     Tensor large;
     if (planes.is_identity() && !channels_last) {
       planes.data = image.const_data_ptr<T>();
@@ -207,7 +217,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
       const int64_t size = planes.size() + planes.kPiece;
       T* padded;
       if (size * static_cast<int64_t>(sizeof(T)) <= kKeptBytes) {
-        padded = kept.get<T>(size);
+        padded = kept_image().get<T>(size);
       } else {
         large = empty_on_huge_pages({size}, x.options(), at::MemoryFormat::Contiguous);
         padded = large.mutable_data_ptr<T>();

@@ -18,7 +18,8 @@ namespace sparsedm {
 // chunks are large; beyond this, sums fall out of a 1 MB cache between blocks.
 constexpr int64_t kSumBytes = 256 * 1024;
 // Weights beyond this come from memory each time, so that several panels take turns on each stretch of them: 1.15x at 2:4v4
-// for 1280 channels 3x3 (29 MB), where smaller weights lose 2 to 5 %.
+// for 1280 channels 3x3 (29 MB), where smaller weights lose 2 to 5 %. Where taps share rows, and panels are smaller, it pays
+// from half of that on: 3 to 4 % for 640 -> 640 and 1280 -> 320 (7 MB).
 constexpr int64_t kCachedWeightBytes = 8 * 1024 * 1024;
 constexpr int64_t kMostBatch = 4;
 
@@ -29,7 +30,7 @@ struct Cut {
 
   // `units` of channels, each with `parts` of them computed together.
   template <class Tile>
-  Cut(const Grid& grid_, Tile, int64_t units, int64_t parts, int64_t weight_bytes, int64_t threads) : grid(grid_) {
+  Cut(const Grid& grid_, Tile, int64_t units, int64_t parts, bool from_memory, int64_t threads) : grid(grid_) {
     const int64_t most_units = kSumBytes / (kUnit * Tile::tokens * static_cast<int64_t>(sizeof(float)) * parts);
     per_column = (grid.rows + Tile::registers - 1) / Tile::registers;
     panels = grid.columns * per_column;
@@ -47,7 +48,7 @@ struct Cut {
         panels = grid.columns * per_column;
       }
     }
-    if (weight_bytes > kCachedWeightBytes) {
+    if (from_memory) {
       batch = std::min(panels, kMostBatch);
       while (batch > 1 && (panels + batch - 1) / batch * chunks % threads != 0) --batch;
     }
@@ -74,7 +75,8 @@ void run(const Layout& layout, const T* values, const int16_t* index, const floa
   constexpr int64_t panel_size = (kPanelBytes + 64) / static_cast<int64_t>(sizeof(Panel));
   // A gate stands half of all channels behind its value; the two units meet in one task.
   const int64_t parts = activation == kGeglu ? 2 : 1, units = layout.units() / parts;
-  const Cut cut(source.grid(layout, Size::width), Size{}, units, parts, layout.values_size() * sizeof(T), at::get_num_threads());
+  const bool from_memory = layout.values_size() * static_cast<int64_t>(sizeof(T)) * (layout.shares_rows() ? 2 : 1) > kCachedWeightBytes;
+  const Cut cut(source.grid(layout, Size::width), Size{}, units, parts, from_memory, at::get_num_threads());
   const int64_t batches = (cut.panels + cut.batch - 1) / cut.batch;
   at::parallel_for(0, batches * cut.chunks, 1, [&](int64_t begin, int64_t end) {
     static thread_local Workspace memory;

@@ -17,6 +17,8 @@ class Scratch {
   T* get(int64_t elements) {
     const size_t bytes = (elements * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
+      data_.reset();
+      size_ = 0;  // should there be no memory, a later, smaller call must not find the old size
       data_.reset(std::aligned_alloc(64, bytes));
       TORCH_CHECK(data_ != nullptr, "out of memory: ", bytes, " bytes for a buffer");
       std::memset(data_.get(), 0, bytes);  // lanes past the last token are computed, never used

@@ -184,15 +184,22 @@ struct Planes {
   }
 
   // Where taps share rows, the registers of a column are rows of the image, and a register's lanes are pixels side by side.
-  // Where these do not fill registers, columns are cut into `fold` pieces, put side by side as well.
-  int64_t fold(int64_t width) const {
+  // Where these do not fill registers, columns may be cut into `fold` pieces, put side by side as well. Rows between pieces
+  // are then filled twice, so a cut must save a tenth of the products.
+  int64_t fold(const Layout& layout, int64_t width) const {
     int64_t best = 1;
     for (int64_t pieces = 2; pieces <= std::min(width, window.y.out()); ++pieces) {
       if (window.y.out() % pieces != 0) continue;
-      // A cut costs the rows between its pieces twice, so it must save a tenth.
-      if (folded(width, pieces).registers() * 10 <= folded(width, best).registers() * 9) best = pieces;
+      if (products(layout, folded(width, pieces)) * 10 <= products(layout, folded(width, best)) * 9) best = pieces;
     }
     return best;
+  }
+
+  // Products that a slot takes the time of: a panel of few registers waits for the sums of the slot before, which takes as
+  // long as 8 products.
+  static int64_t products(const Layout& layout, const Grid& grid) {
+    const int64_t panels = (grid.rows + layout.registers - 1) / layout.registers;
+    return grid.columns * std::max(grid.rows * layout.together, panels * 8);
   }
 
   Grid folded(int64_t width, int64_t pieces) const {
@@ -201,7 +208,7 @@ struct Planes {
   }
 
   Grid grid(const Layout& layout, int64_t width) const {
-    if (layout.shares_rows()) return folded(width, fold(width));
+    if (layout.shares_rows()) return folded(width, fold(layout, width));
     return {1, (window.images * window.pixels() + width - 1) / width};
   }
 
@@ -234,7 +241,7 @@ struct Planes {
   Cursor shared_cursor(const Layout& layout, int64_t width, int64_t column, int64_t first, int64_t last) const {
     constexpr int64_t kAhead = 2;
     Cursor cursor{*this, {}, {}, kAhead, 0};
-    const int64_t pieces = fold(width), height = window.y.out() / pieces, row_width = window.x.out();
+    const int64_t pieces = fold(layout, width), height = window.y.out() / pieces, row_width = window.x.out();
     // Lanes lie (image, z, piece, x). Those of one row of one image are copied together.
     struct Part {
       int64_t lane, count, image, z, y, x;
@@ -256,7 +263,7 @@ struct Planes {
                                     part.y + row.element, part.x + x.shift[row.x]);
         cursor.pieces.push_back({from, i * width + part.lane});
       }
-      if (row.x == 0) cursor.asked = cursor.pieces.size();
+      if (row.z == 0 && row.x == 0) cursor.asked = cursor.pieces.size();
     }
     for (int64_t i = 0; i < last - first; ++i)
       for (const Part& part : parts)

@@ -103,7 +103,7 @@ def kernel_share(layer: LayerReport, freezing: bool) -> float:
 
     The dense time is that of the operator that the dense model calls: torch's own, but oneDNN's for a frozen
     convolution. Frozen linears run MKL's packed one, which nobody timed: 2 to 8% faster than torch's own on one thread
-    of a Zen 4.
+    of a Zen 3.
     """
     ran = layer.sparse_ms if layer.ran_sparse else layer.dense_ms
     return ran / (layer.dense_ms if freezing and layer.kind != "linear" else layer.native_ms)

@@ -69,15 +69,27 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def file_errors() -> Iterator[None]:
-    """A file that cannot be written (no permission, a full disk) ends the command in one line.
+def file_errors(place: Path) -> Iterator[None]:
+    """Files that cannot be written at ``place`` (no permission, a full disk) end the command in one line.
 
-    For what computes and writes what it computed: any other exception is a bug and looks like one.
+    For what computes and writes what it computed: any other exception, also one over another file, such as a compiler
+    that is missing, is a bug and looks like one.
+
+    Args:
+        place: the file that is written, or the folder that is filled.
     """
     try:
         yield
     except OSError as error:
+        if error.filename is None or not _is_of(Path(error.filename), place):
+            raise
         raise fail(_told(error)) from error
+
+
+def _is_of(file: Path, place: Path) -> bool:
+    """Whether a file is ``place``, what it is written to first, in it, or on the way to it."""
+    file, place = file.absolute(), place.absolute()
+    return file.with_suffix("") == place.with_suffix("") or place in file.parents or file in place.parents
 
 
 def _told(error: Exception) -> str:
@@ -103,12 +115,13 @@ def check_place(option: str, path: Path, *, folder: bool = False) -> None:
     standing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if standing != path and not standing.is_dir():
         raise NotADirectoryError(f"{option} {path}: {standing} is a file, not a folder; choose another path")
-    needed = os.W_OK | (os.X_OK if standing.is_dir() else 0)
-    if not os.access(standing, needed):
-        raise PermissionError(
-            f"{option} {path} cannot be written: no permission to write to {standing}; choose another path, or change "
-            "the permissions"
-        )
+    # A file is written beside its place and then moved there, so its folder must be writable as well.
+    for place in {standing, standing if standing.is_dir() else standing.absolute().parent}:
+        if not os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0)):
+            raise PermissionError(
+                f"{option} {path} cannot be written: no permission to write to {place}; choose another path, or change "
+                "the permissions"
+            )
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def train(
 ) -> None:
     """Train the dense model of a recipe, or go on where it was stopped."""
     workspace, images = _open(recipe, out, data, threads, device, tensorboard)
-    with file_errors():
+    with file_errors(out):
         workspace.dense(images, train=True)
     typer.echo(f"{out / 'dense.safetensors'}")
 
@@ -58,7 +58,7 @@ def finetune(
         rows = _rows(workspace, row)
         workspace.dense(images, train=False)
     for one in rows:
-        with file_errors():
+        with file_errors(out):
             workspace.row(one, images, make=True)
         typer.echo(f"{one.name}: {out / 'rows' / one.file}.safetensors")
 
@@ -94,7 +94,7 @@ def quality(
     from sparsedm_compile.recipes.workspace import write_json
 
     workspace, images = _open(recipe, out, data, threads, device)
-    with result_only(as_json), file_errors(), _processes():
+    with result_only(as_json), file_errors(out), _processes():
         with user_errors():
             rows = _rows(workspace, None if row is None else [name for name in row if name != DENSE_ROW])
             workspace.dense(images, train=False)

@@ -119,9 +119,10 @@ def test_other_vector_widths(march: str) -> None:
         pytest.skip("needs an x86-64 processor with AVX2")
     if CpuKernel().refusal(SPEC) is not None:
         pytest.skip("no C++ compiler here")
-    tests = Path(__file__).with_name("test_cpu_kernel.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    folder = Path(__file__).parent
+    tests = [str(folder / name) for name in ("test_cpu_kernel.py", "test_cpu_shared_rows.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "SPARSEDM_CPU_MARCH": march}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parents[2], check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parents[1], check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout, done.stdout[-500:]

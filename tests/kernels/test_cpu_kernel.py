@@ -243,6 +243,39 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
     assert equal_bits(out, torch.tensor([math.inf, -math.inf, math.nan, math.inf], dtype=dtype)[:, None].expand(4, 8))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "geglu"])
+def test_activations_of_any_number(activation: str) -> None:
+    """From the largest numbers over those around zero; NaN stays NaN, and what vanishes is 0."""
+    span = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 38, 300), -torch.logspace(-30, 38, 300)])
+    x = torch.cat([span, torch.tensor([math.nan, math.inf, -3.0e38, 3.0e38, 0.0, -50.0])])
+    out_features = 512 if activation == "geglu" else 8
+    weight = torch.zeros(out_features, 4)
+    weight[:, 0] = 1  # every output is the input, and for geglu the value too
+    spec = LayerSpec("linear", (out_features, 4), Pattern(2, 4))
+    rows = torch.zeros(len(x), 4)
+    rows[:, 0] = x
+    with_nan = KERNEL.linear(rows, *KERNEL.pack(weight, spec), spec, Epilogue(activation=activation))[:, 0].double()
+    assert with_nan[len(span)].isnan()
+    out, x = with_nan[~x.isnan()], x[~x.isnan()].double()
+    exact = (
+        {
+            "gelu": lambda: F.gelu(x),
+            "gelu_tanh": lambda: F.gelu(x, approximate="tanh"),
+            "silu": lambda: F.silu(x),
+            "geglu": lambda: (x * F.gelu(x)).clamp(max=math.inf),
+        }[activation]()
+        .float()
+        .double()
+    )
+    assert (out[x <= -50] == 0).all() or activation in ("silu", "gelu_tanh")
+    assert out[x <= -100].abs().max() < 1e-36
+    finite = exact.isfinite() & (x > -100)
+    error = (out - exact).abs()[finite]
+    scale = x.abs()[finite] * (x.abs()[finite] if activation == "geglu" else 1)
+    assert (error <= 4e-7 * scale + 1e-44).all(), (error / scale).max()
+    assert torch.equal(out[~exact.isfinite()], exact[~exact.isfinite()])
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_outputs_that_the_system_gives_page_by_page(channels_last: bool) -> None:
     """Beyond 32 MB memory comes from the system, on huge pages where it has them: odd sizes, every element written."""
@@ -347,6 +380,10 @@ def test_bad_input_is_an_error() -> None:
     video = LayerSpec("conv3d", (8, 8, 1, 1, 1), Pattern(2, 4))  # with the two strides of an image
     with pytest.raises(ValueError, match="want 3 numbers each for a weight of shape"):
         KERNEL.conv(seeded(1, 8, 2, 2, 2), *KERNEL.pack(seeded(8, 8, 1, 1, 1), video), video, Epilogue())
+    with pytest.raises(ValueError, match="weight: want 2 to 5 dimensions"):
+        torch.ops.sparsedm_cpu.pack(seeded(8, 8, 1, 1, 1, 1), 2, 4, 1, [1] * 4, [1] * 4)
+    with pytest.raises(ValueError, match="want positive numbers"):
+        torch.ops.sparsedm_cpu.pack(seeded(8, 8, 1, 1), 2, 4, 1, [0, 1], [1, 1])
     image = LayerSpec("conv2d", (256, 8, 1, 1), Pattern(2, 4))
     with pytest.raises(ValueError, match="geglu follows linear layers alone"):
         KERNEL.conv(seeded(1, 8, 2, 2), *KERNEL.pack(seeded(256, 8, 1, 1), image), image, Epilogue(activation="geglu"))
