@@ -79,7 +79,7 @@ def model(
         )
     show(report, as_json)
     if out is not None:
-        with file_errors():
+        with file_errors(out):
             write_results(out, model_results(report, out.stem, f"{loaded.name}, batch {batch or 1}, policy {policy}"))
 
 
