@@ -1,5 +1,6 @@
 """What the commands share: their arguments, one-line errors, and a stdout that holds the result alone."""
 
+import errno
 import json
 import os
 import sys
@@ -81,7 +82,8 @@ def file_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or not _is_of(Path(error.filename), place):
+        of_place = error.filename is not None and _is_of(Path(error.filename), place)
+        if not of_place and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a write to a full disk names no file
             raise
         raise fail(_told(error)) from error
 
