@@ -106,7 +106,7 @@ def test_depth() -> None:
     check((1, 8, 6, 9, 8), (8, 8, 2, 3, 1), "2:4v4", stride=2, channels_last=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_geometry(data: st.DataObject) -> None:
     draw = data.draw
