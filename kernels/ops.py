@@ -9,9 +9,10 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from sparsedm_compile.kernels import get_kernel
+from sparsedm_compile.kernels.outputs import conv_flops, conv_output, linear_flops, linear_output
 from sparsedm_compile.kernels.registry import Epilogue, LayerSpec, convolve
 from sparsedm_compile.pattern import Pattern
 
@@ -45,6 +46,21 @@ def _linear(
     if activation == "geglu" and not get_kernel(kernel).gates(spec):
         raise ValueError(f"kernel {kernel!r} does not apply geglu to a weight of shape {tuple(weight_shape)}")
     return get_kernel(kernel).linear(x, values, index, spec, Epilogue(bias, activation, residual))
+
+
+def spec_of_call(x: Tensor, pattern: str, weight_shape: Sequence[int], *conv) -> LayerSpec | None:
+    """What a call of ``sparsedm::linear`` or ``conv`` hands to its kernel.
+
+    Args:
+        x: input of the call.
+        pattern, weight_shape, conv: its constants, in its order; ``conv`` is empty for a linear.
+
+    Returns:
+        None where the kernel sees other tensors than the call, those of a conv1d with a height.
+    """
+    if not conv:
+        return _spec("linear", pattern, tuple(weight_shape), x.dtype, x.device.type)
+    return None if _is_flat(x, weight_shape) else _conv_spec(x, pattern, weight_shape, *conv)
 
 
 def _conv_spec(x: Tensor, pattern: str, weight_shape: Sequence[int], *conv) -> LayerSpec:
@@ -112,11 +128,7 @@ torch.library.impl("sparsedm::unpack", "CompositeExplicitAutograd", _unpack)
 
 @torch.library.register_fake("sparsedm::linear")
 def _linear_fake(x, values, index, kernel, pattern, weight_shape, bias=None, activation="none", residual=None):
-    torch._check(
-        x.shape[-1] == weight_shape[1],
-        lambda: f"sparsedm::linear: the last dimension of x is {x.shape[-1]}, the weight takes {weight_shape[1]}",
-    )
-    return x.new_empty(*x.shape[:-1], weight_shape[0] // (2 if activation == "geglu" else 1))
+    return linear_output(x, weight_shape, activation)
 
 
 @torch.library.register_fake("sparsedm::conv")
@@ -135,8 +147,10 @@ def _conv_fake(
     activation="none",
     residual=None,
 ):
-    # Dense decides the size and the memory format, so that the swap is invisible downstream.
-    return _dense_conv(x, x.new_empty(tuple(weight_shape)), None, pattern, stride, padding, dilation, groups)
+    spec = _conv_spec(x, pattern, weight_shape, stride, padding, dilation, groups)
+    if _is_flat(x, weight_shape):
+        return conv_output(_with_height(x), spec).squeeze(2)
+    return conv_output(x, spec)
 
 
 def _dense_conv(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: str, *conv) -> Tensor:
@@ -218,15 +232,11 @@ torch.library.register_autograd("sparsedm::linear", _linear_backward, setup_cont
 torch.library.register_autograd("sparsedm::conv", _conv_backward, setup_context=_save_for_backward)
 
 
-# FLOPs that are done, not FLOPs that a dense layer would do: a count that ignores the zeros is the commonest complaint.
 @register_flop_formula(torch.ops.sparsedm.linear)
 def _linear_flops(x_shape, values_shape, index_shape, kernel, pattern, weight_shape, *args, out_shape=None, **kwargs):
-    tokens = torch.Size(x_shape[:-1]).numel()
-    p = Pattern.parse(pattern)
-    return 2 * tokens * weight_shape[0] * weight_shape[1] * p.n // p.m
+    return linear_flops(x_shape, weight_shape, Pattern.parse(pattern))
 
 
 @register_flop_formula(torch.ops.sparsedm.conv)
 def _conv_flops(x_shape, values_shape, index_shape, kernel, pattern, weight_shape, *args, out_shape=None, **kwargs):
-    p = Pattern.parse(pattern)
-    return conv_flop_count(x_shape, weight_shape, out_shape) * p.n // p.m
+    return conv_flops(x_shape, weight_shape, out_shape, Pattern.parse(pattern))

@@ -1,7 +1,7 @@
 """What a kernel is: a way to pack a masked weight and to run a layer from the packed form."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,6 +99,14 @@ class Kernel(ABC):
     def gates(self, spec: LayerSpec) -> bool:
         """Whether it takes the activation ``"geglu"`` for this layer."""
         return False
+
+    def operator(self, spec: LayerSpec) -> tuple[Callable, tuple] | None:
+        """An operator of the kernel's own, for graphs that need no gradient, and its constants.
+
+        It is called as ``operator(x, values, index, *constants, bias, activation=..., residual=...)``, without
+        ``activation`` and ``residual`` where there are none, and does what ``linear`` or ``conv`` does.
+        """
+        return None
 
     @abstractmethod
     def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from sparsedm_compile.passes.call_kernels import call_kernels
 from sparsedm_compile.passes.find_layers import find_layers
 from sparsedm_compile.passes.fuse_epilogues import fuse_epilogues
 from sparsedm_compile.passes.insert_masks import insert_masks
@@ -20,9 +21,10 @@ PASSES: tuple[Callable[[Lowering], None], ...] = (
     swap_kernels,
     remove_dropout,
     fuse_epilogues,
+    call_kernels,
     swap_training_kernels,
 )
-_INFERENCE_ONLY = {swap_kernels, remove_dropout, fuse_epilogues}
+_INFERENCE_ONLY = {swap_kernels, remove_dropout, fuse_epilogues, call_kernels}
 
 
 def run_passes(lowering: Lowering) -> None:

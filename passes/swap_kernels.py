@@ -91,6 +91,7 @@ def _use_packed(lowering: Lowering, layer: LayerNode) -> None:
         memory_format = _memory_format(layer)
         if memory_format is not None:
             x = lowering.gm.graph.call_method("contiguous", (x,), {"memory_format": memory_format})
+            x.meta["example_value"] = layer_input(node).contiguous(memory_format=memory_format)
         swapped = lowering.gm.graph.call_function(operator, (x, values, index, *constants, layer_bias(node)))
     swapped.meta = dict(node.meta)
     node.replace_all_uses_with(swapped)

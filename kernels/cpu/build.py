@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from sparsedm_compile.cache import cache_directory
+from sparsedm_compile.kernels.cpu import tracing
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def _load_once() -> str | None:
         library = compile_library()
         try:
             torch.ops.load_library(library)
+            tracing.register()
         except (OSError, RuntimeError) as error:
             raise BuildError(f"{library} cannot be loaded: {error}") from error
     except BuildError as error:

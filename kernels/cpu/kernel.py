@@ -1,5 +1,7 @@
 """N:M linear layers and convolutions on CPUs: C++ that multiplies what is kept and skips the rest."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,6 @@ from sparsedm_compile.kernels.cpu import build
 from sparsedm_compile.kernels.registry import Epilogue, Kernel, LayerSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "geglu": 4}
 # Output channels go through the C++ in units of so many (kUnit), and a unit of values meets a unit of gates.
 _UNIT = 128
 
@@ -49,6 +50,17 @@ class CpuKernel(Kernel):
         """See :meth:`Kernel.gates`. The product is then never written at its full width, nor read again."""
         return spec.op == "linear" and spec.weight_shape[0] % (2 * _UNIT) == 0
 
+    def operator(self, spec: LayerSpec) -> tuple[Callable, tuple]:
+        """See :meth:`Kernel.operator`: ``sparsedm_cpu::linear`` and ``conv``.
+
+        In a graph they replace ``sparsedm::linear`` and ``conv``, whose Python takes some 10 us where it is in the
+        caches, and more than that between layers of megabytes.
+        """
+        constants = (spec.weight_shape, *_numbers(spec))
+        if spec.op == "linear":
+            return torch.ops.sparsedm_cpu.linear.default, constants
+        return torch.ops.sparsedm_cpu.conv.default, (*constants, spec.stride, spec.padding, spec.dilation)
+
     def pack(self, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
         """See :meth:`Kernel.pack`; one pass, on all threads.
 
@@ -77,16 +89,7 @@ class CpuKernel(Kernel):
         Raises:
             ValueError: x, the packed weight, bias or residual has another shape or dtype than the spec says.
         """
-        return torch.ops.sparsedm_cpu.linear(
-            x,
-            values,
-            index,
-            spec.weight_shape,
-            *_numbers(spec),
-            epilogue.bias,
-            _ACTIVATIONS[epilogue.activation],
-            epilogue.residual,
-        )
+        return self._run(x, values, index, spec, epilogue)
 
     def conv(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
         """See :meth:`Kernel.conv`.
@@ -94,19 +97,11 @@ class CpuKernel(Kernel):
         Raises:
             ValueError: x, the packed weight, bias or residual has another shape or dtype than the spec says.
         """
-        return torch.ops.sparsedm_cpu.conv(
-            x,
-            values,
-            index,
-            spec.weight_shape,
-            *_numbers(spec),
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            epilogue.bias,
-            _ACTIVATIONS[epilogue.activation],
-            epilogue.residual,
-        )
+        return self._run(x, values, index, spec, epilogue)
+
+    def _run(self, x: Tensor, values: Tensor, index: Tensor, spec: LayerSpec, epilogue: Epilogue) -> Tensor:
+        operator, constants = self.operator(spec)
+        return operator(x, values, index, *constants, epilogue.bias, epilogue.activation, epilogue.residual)
 
 
 def _numbers(spec: LayerSpec) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@
 #endif
 
 #include <array>
+#include <string_view>
 
 #include "pack.h"
 #include "run.h"
@@ -125,14 +126,22 @@ Tensor residual_like(const std::optional<Tensor>& residual, const Tensor& out, a
   return residual->contiguous(format);
 }
 
+Activation activation_of(std::string_view name) {
+  constexpr std::string_view kNames[] = {"none", "gelu", "gelu_tanh", "silu", "geglu"};  // in the order of Activation
+  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
+  TORCH_CHECK_VALUE(found != std::end(kNames), "activation: want none, gelu, gelu_tanh, silu or geglu, got ", name);
+  return static_cast<Activation>(found - std::begin(kNames));
+}
+
 template <class T>
 const T* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
-              int64_t m, int64_t v, const std::optional<Tensor>& bias, int64_t activation,
+              int64_t m, int64_t v, const std::optional<Tensor>& bias, std::string_view activation_name,
               const std::optional<Tensor>& residual) {
+  const Activation activation = activation_of(activation_name);
   const Layout layout = layout_of(weight_shape, n, m, v, {}, {}, values.scalar_type());
   check_packed(layout, values, index);
   TORCH_CHECK_VALUE(x.scalar_type() == values.scalar_type() && x.dim() >= 1 && x.size(-1) == layout.channels,
@@ -151,7 +160,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& index, at::In
   const Tensor start = bias_or_zero(bias, layout, x);
   with_element(x.scalar_type(), [&]<class T>(T) {
     run(layout, values.const_data_ptr<T>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
-        static_cast<Activation>(activation), TokenRows<T>{rows.const_data_ptr<T>(), rows.stride(0), rows.size(0)},
+        activation, TokenRows<T>{rows.const_data_ptr<T>(), rows.stride(0), rows.size(0)},
         TokenMajor<T>{out.mutable_data_ptr<T>(), data_or_null<T>(addend), shape.back()});
   });
   return out;
@@ -185,7 +194,9 @@ Scratch& kept_image() {
 // Of two or three dimensions, as the weight's shape says.
 Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntArrayRef weight_shape, int64_t n,
             int64_t m, int64_t v, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-            const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual) {
+            const std::optional<Tensor>& bias, std::string_view activation_name,
+            const std::optional<Tensor>& residual) {
+  const Activation activation = activation_of(activation_name);
   const Layout layout = layout_of(weight_shape, n, m, v, stride, dilation, values.scalar_type());
   check_packed(layout, values, index);
   const int64_t rank = static_cast<int64_t>(weight_shape.size());
@@ -229,7 +240,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, at::IntA
     }
     const auto go = [&](const auto& source, const auto& sink) {
       run(layout, values.const_data_ptr<T>(), index.const_data_ptr<int16_t>(), start.const_data_ptr<float>(),
-          static_cast<Activation>(activation), source, sink);
+          activation, source, sink);
     };
     if (channels_last) {
       go(planes, TokenMajor<T>{out.mutable_data_ptr<T>(), data_or_null<T>(addend), layout.out});
@@ -298,11 +309,11 @@ TORCH_LIBRARY(sparsedm_cpu, library) {
       "unpack(Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, int[] stride, int[] dilation) -> "
       "Tensor");
   library.def(
-      "linear(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, Tensor? bias, "
-      "int activation, Tensor? residual) -> Tensor");
+      "linear(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, "
+      "Tensor? bias=None, str activation=\"none\", Tensor? residual=None) -> Tensor");
   library.def(
       "conv(Tensor x, Tensor values, Tensor index, int[] weight_shape, int n, int m, int v, int[] stride, "
-      "int[] padding, int[] dilation, Tensor? bias, int activation, Tensor? residual) -> Tensor");
+      "int[] padding, int[] dilation, Tensor? bias=None, str activation=\"none\", Tensor? residual=None) -> Tensor");
   library.def("checksum(Tensor[] tensors) -> int[]");
 }
 

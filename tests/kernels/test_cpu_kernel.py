@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsedm_compile.kernels.cpu.kernel import CpuKernel
 from sparsedm_compile.kernels.cpu.naive import conv2d_naive, linear_naive
@@ -358,6 +359,36 @@ def test_refusals_name_the_reason(spec: LayerSpec, reason: str) -> None:
     assert reason in KERNEL.refusal(spec)
 
 
+@pytest.mark.parametrize("op", ["linear", "conv2d", "conv3d"])
+@pytest.mark.parametrize(("bias", "activation", "residual"), [(False, "none", False), (True, "gelu", True)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_of_the_operators(op: str, bias: bool, activation: str, residual: bool, channels_last: bool) -> None:
+    size, taps = {"linear": ((5,), ()), "conv2d": ((9, 8), (3, 2)), "conv3d": ((4, 5, 6), (2, 3, 3))}[op]
+    dims = len(taps)
+    constants = ((2, 1, 1)[:dims], (1,) * dims, (1, 2, 1)[:dims])
+    spec = LayerSpec(op, (32, 16, *taps), Pattern(2, 4, 2), torch.float32, "cpu", *(constants if dims else ()))
+    weight = seeded(32, 16, *taps)
+    x = seeded(3, 16, *size, seed=1) if dims else seeded(*size, 16, seed=1)
+    if channels_last and dims:
+        x = x.contiguous(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
+    epilogue = Epilogue(seeded(32, seed=2) if bias else None, activation)
+    out = KERNEL.conv(x, *KERNEL.pack(weight, spec), spec, epilogue) if dims else F.linear(x, weight)
+    operator, numbers = KERNEL.operator(spec)
+    args = (
+        x,
+        *KERNEL.pack(weight, spec),
+        *numbers,
+        epilogue.bias,
+        activation,
+        seeded(*out.shape) if residual else None,
+    )
+    torch.library.opcheck(operator, args)
+    with FlopCounterMode(display=False) as counter:
+        operator(*args)
+    positions = out[:, 0].numel() if dims else 5
+    assert counter.get_total_flops() == positions * weight.numel()  # two for each weight of the half that is kept
+
+
 def test_bad_input_is_an_error() -> None:
     spec = LayerSpec("linear", (8, 8), Pattern(2, 4))
     packed = KERNEL.pack(seeded(8, 8), spec)
@@ -387,6 +418,8 @@ def test_bad_input_is_an_error() -> None:
     image = LayerSpec("conv2d", (256, 8, 1, 1), Pattern(2, 4))
     with pytest.raises(ValueError, match="geglu follows linear layers alone"):
         KERNEL.conv(seeded(1, 8, 2, 2), *KERNEL.pack(seeded(256, 8, 1, 1), image), image, Epilogue(activation="geglu"))
+    with pytest.raises(ValueError, match="activation: want none, gelu, gelu_tanh, silu or geglu, got relu"):
+        KERNEL.linear(seeded(3, 8), *packed, spec, Epilogue(activation="relu"))
     half = LayerSpec("linear", (8, 8), Pattern(2, 4), torch.bfloat16)
     packed_half = KERNEL.pack(seeded(8, 8).bfloat16(), half)
     with pytest.raises(ValueError, match="x: want bfloat16"):
